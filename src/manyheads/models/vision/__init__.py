@@ -1,0 +1,1 @@
+"""Vision models: images in, class logits and features out."""

@@ -1,0 +1,29 @@
+"""Every golden file is run as a user would run the code with an official checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity.adapters import implemented, load_adapters
+from parity.golden import ADAPTERS, Golden, check, golden_files
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    folder: Path = metafunc.config.getoption("--golden")
+    files = list(golden_files(folder))
+    metafunc.parametrize("path", files, ids=[f"{f.parent.name}/{f.stem}" for f in files])
+
+
+def test_golden(path: Path) -> None:
+    slug = path.parent.name
+    if slug not in implemented():
+        pytest.skip(f"{slug} is not in the library yet")
+    load_adapters()
+    golden = Golden.read(path)
+    key = (golden.meta["system"], golden.meta["kind"])
+    assert key in ADAPTERS, f"no adapter for the kind {key[1]!r} of {key[0]!r}"
+    torch.manual_seed(0)
+    check(golden, ADAPTERS[key](golden))
