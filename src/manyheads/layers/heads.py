@@ -59,6 +59,6 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, same_length: bool = 
         )
     if same_length and query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"query length {query.shape[2]} differs from key length {key.shape[2]}: the causal form "
-            "needs one key for each query"
+            f"query length {query.shape[2]} differs from key length {key.shape[2]}: "
+            "the causal form needs one key for each query"
         )

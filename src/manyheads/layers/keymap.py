@@ -196,7 +196,7 @@ class KeyMap:
         return official
 
     def _expand(self, keys: Iterable[str]) -> list[tuple[Entry, tuple[str, ...]]]:
-        """Return each entry with each set of indices that occurs among ``keys``, ours or official."""
+        """Return each entry with each set of indices found among ``keys``, ours or official."""
         names = list(keys)
         found: dict[tuple[int, tuple[str, ...]], None] = {}
         for number, entry in enumerate(self.entries):

@@ -9,6 +9,7 @@ B batch, N padded length, T packed length, S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, total: int) -> list[int]:
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a packed batch of 1, got batch {batch}")
     borders = [int(b) for b in cu_seqlens.tolist()]
-    rising = all(a <= b for a, b in zip(borders, borders[1:], strict=False))
+    rising = all(a <= b for a, b in pairwise(borders))
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != total or not rising:
         raise ValueError(
             f"cu_seqlens {borders} must rise from 0 to the packed length {total}, "
@@ -106,9 +107,8 @@ class Compaction:
 def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     shape = [1] * x.ndim
     shape[0], shape[dim] = index.shape
-    return x.gather(
-        dim, index.view(shape).expand(*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :])
-    )
+    wide = (*x.shape[:dim], index.shape[1], *x.shape[dim + 1 :])
+    return x.gather(dim, index.view(shape).expand(wide))
 
 
 def compact(mask: Tensor) -> Compaction:
@@ -142,7 +142,7 @@ def map_packed(
     """
     first = next(t for t in tensors if t is not None)
     borders = check_cu_seqlens(cu_seqlens, first.shape[0], first.shape[dim])
-    lengths = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(borders)]
     order = sorted(range(len(lengths)), key=lambda s: lengths[s])
     buckets: list[list[int]] = []
     for s in order:

@@ -36,7 +36,7 @@ class Model(OfficialWeights):
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
-        return cls(config)  # type: ignore[call-arg]
+        return cls(config)
 
     def num_parameters(self) -> int:
         """Return the number of parameters, tied ones counted once, without buffers."""

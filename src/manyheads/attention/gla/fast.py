@@ -135,7 +135,7 @@ def _backward_op(
         dg = db.flip(-2).cumsum(-2).flip(-2) + products
         for whole, part in zip(grads, (dq.mul_(scale), dk, dv, dg), strict=True):
             whole[:, :, start:stop] = part.flatten(2, 3)[:, :, : stop - start]
-    return (*grads, carried.clone())
+    return grads[0], grads[1], grads[2], grads[3], carried.clone()
 
 
 @_backward_op.register_fake

@@ -85,7 +85,8 @@ def softmax(
         # Real tokens moved to the front never see the padding behind them: no mask is needed.
         moved = compact(mask)
         parts = (moved.gather(t, dim=2) for t in (query, key, value))
-        out = moved.scatter(_sdpa(*parts, None, is_causal=True, scale=scale), dim=2)
+        q, k, v = parts
+        out = moved.scatter(_sdpa(q, k, v, None, is_causal=True, scale=scale), dim=2)
         return out.masked_fill(~mask[:, None, :, None], 0)
     allowed = mask[:, None, None]
     if is_causal:

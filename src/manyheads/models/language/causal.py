@@ -120,9 +120,7 @@ class CausalLM(Model):
             ValueError: the prompt is empty, or padded on the right.
         """
         if prompt.ndim != 2 or prompt.shape[1] == 0:
-            raise ValueError(
-                f"the prompt has shape {tuple(prompt.shape)}: need (batch, length >= 1)"
-            )
+            raise ValueError(f"prompt has shape {tuple(prompt.shape)}: need (batch, length >= 1)")
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("prompts of different lengths must be padded on the left")
         state = self.init_state(prompt.shape[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -199,29 +199,33 @@ class GLAForCausalLM(CausalLM):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
+    @property
+    def _blocks(self) -> list[_Block]:
+        return cast(list[_Block], list(self.layers))
+
     def _init(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def forward(
         self, tokens: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Return logits (B, N, V) of tokens (B, N); ``mask`` and ``cu_seqlens`` as in the layers."""
+        """Return logits (B, N, V) of tokens (B, N); other arguments as in the layers."""
         x = self.embed(tokens)
-        for layer in self.layers:
+        for layer in self._blocks:
             x = layer(x, mask, cu_seqlens)
         return self.head(self.norm(x))
 
     def init_state(self, batch_size: int) -> LMState:
-        return LMState(tuple(layer.mixer.init_state(batch_size) for layer in self.layers))
+        return LMState(tuple(layer.mixer.init_state(batch_size) for layer in self._blocks))
 
     def update(
         self, tokens: Tensor, state: LMState, *, mask: Tensor | None = None
     ) -> tuple[Tensor, LMState]:
         x, states = self.embed(tokens), []
-        for layer, own in zip(self.layers, state.layers, strict=True):
+        for layer, own in zip(self._blocks, state.layers, strict=True):
             x, own = layer.update(x, own, mask)
             states.append(own)
         return self.head(self.norm(x)), LMState(tuple(states))
