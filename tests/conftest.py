@@ -22,6 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # The set of constructors that torch.device() redirects is built once, at its first use:
+    # it has to hold the real torch.empty, not the poisoned one.
+    with torch.device("meta"):
+        torch.empty(1)
 
 
 @pytest.fixture(autouse=True)
