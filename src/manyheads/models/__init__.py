@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from manyheads.models.base import Model, create_model, get_variant, list_models, register_variants
+from manyheads.models.base import (
+    Model,
+    create_model,
+    get_variant,
+    list_models,
+    load_model,
+    register_variants,
+)
 
-__all__ = ["Model", "create_model", "get_variant", "list_models", "register_variants"]
+__all__ = ["Model", "create_model", "get_variant", "list_models", "load_model", "register_variants"]

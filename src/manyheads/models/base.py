@@ -18,10 +18,25 @@ from manyheads.config import Config
 from manyheads.errors import unknown_name
 from manyheads.layers.keymap import OfficialWeights
 
-__all__ = ["Model", "Variant", "create_model", "get_variant", "list_models", "register_variants"]
+__all__ = [
+    "Model",
+    "Variant",
+    "create_model",
+    "get_variant",
+    "list_models",
+    "load_model",
+    "register_variants",
+]
 
 # Files that register variants when imported.
-_FILES = ("manyheads.models.language.gla",)
+_FILES = (
+    "manyheads.models.language.gla",
+    "manyheads.models.language.mixer_encoder",
+    "manyheads.models.language.mixer_lm",
+)
+
+
+_CLASSES: dict[str, type[Model]] = {}
 
 
 class Model(OfficialWeights):
@@ -33,6 +48,10 @@ class Model(OfficialWeights):
 
     config: Any
     config_class: ClassVar[type[Config]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _CLASSES[cls.__name__] = cls
 
     @classmethod
     def from_config(cls, config: Config) -> Self:
@@ -72,6 +91,22 @@ class Model(OfficialWeights):
         model = cls.from_config(cls.config_class.from_dict(described["config"]))
         load_model(model, str(path / "model.safetensors"))
         return model
+
+
+def load_model(folder: str | PathLike[str]) -> Model:
+    """Build the model that ``save`` wrote into a folder, whatever its class.
+
+    Raises:
+        ValueError: the folder holds no saved model, or its class is unknown here.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no config.json in {str(folder)!r}: give a folder that save() wrote")
+    _load_all()
+    name = json.loads(path.read_text()).get("model")
+    if name not in _CLASSES:
+        raise unknown_name("model class", str(name), _CLASSES)
+    return _CLASSES[name].load(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

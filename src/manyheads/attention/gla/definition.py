@@ -12,7 +12,14 @@ from torch import Tensor
 
 from manyheads.layers.heads import check_qkv, repeat_kv
 
-__all__ = ["GLAState", "check_log_decay", "gla_reference", "gla_step", "gla_weights"]
+__all__ = [
+    "GLAState",
+    "check_log_decay",
+    "gla_recurrence",
+    "gla_reference",
+    "gla_step",
+    "gla_weights",
+]
 
 
 class GLAState(NamedTuple):
@@ -29,29 +36,39 @@ def gla_reference(
     *,
     scale: float | None = None,
     mask: Tensor | None = None,
-    state: GLAState | None = None,
-) -> tuple[Tensor, GLAState]:
+) -> Tensor:
     """Run the recurrence token by token: the oracle of the tests.
 
     S_t = Diag(exp g_t) S_{t-1} + k_t v_tᵀ and o_t = scale · q_tᵀ S_t; the state decays before
     the new pair enters, so a token sees itself undecayed.
     """
     check_qkv(query, key, value, same_length=True)
-    heads = query.shape[1]
+    batch, heads, _, dim = query.shape
     key, value, log_decay = (repeat_kv(t, heads) for t in (key, value, log_decay))
     if mask is not None:
         keep = mask[:, None, :, None]
-        key, log_decay = key * keep, log_decay * keep
+        query, key, log_decay = query * keep, key * keep, log_decay * keep
+    memory = query.new_zeros(batch, heads, dim, value.shape[-1])
+    return gla_recurrence(query, key, value, log_decay, memory, scale=scale)[0]
+
+
+def gla_recurrence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    memory: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence from a given memory (B, H, D, V): outputs and the final memory."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    batch, _, length, dim = query.shape
-    if state is None:
-        state = GLAState(query.new_zeros(batch, heads, dim, value.shape[-1]))
-    memory, outputs = state.memory, []
-    for t in range(length):
+    outputs = []
+    for t in range(query.shape[2]):
         new = key[:, :, t, :, None] * value[:, :, t, None, :]
         memory = log_decay[:, :, t, :, None].exp() * memory + new
         outputs.append((query[:, :, t, None] @ memory).squeeze(-2) * scale)
-    return torch.stack(outputs, 2), GLAState(memory)
+    return torch.stack(outputs, 2), memory
 
 
 def gla_weights(

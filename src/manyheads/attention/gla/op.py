@@ -7,7 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from manyheads.attention.gla.definition import GLAState, check_log_decay, gla_reference, gla_weights
+from manyheads.attention.gla.definition import (
+    GLAState,
+    check_log_decay,
+    gla_recurrence,
+    gla_weights,
+)
 from manyheads.attention.gla.fast import gla_chunked
 from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv, repeat_kv
@@ -138,7 +143,7 @@ def gla_update(
     if length == 0:
         out = q.new_zeros(batch, heads, 0, v.shape[-1])
     elif implementation == "recurrent":
-        out, (memory,) = gla_reference(q, k, v, g, scale=scale, state=GLAState(memory))
+        out, memory = gla_recurrence(q, k, v, g, memory, scale=scale)
     elif implementation == "parallel":
         out, memory = _parallel(q, k, v, g, memory, scale)
     else:

@@ -19,9 +19,14 @@ __all__ = ["CausalLM", "LMState", "next_token_loss", "sample_token"]
 
 
 class LMState(NamedTuple):
-    """The decoding state of a whole model: what each layer holds, whatever its kind."""
+    """The decoding state of a whole model.
+
+    ``layers``: what each layer holds, whatever its kind. ``position`` (B,): tokens read by each
+    row, for models that add positions to their embeddings.
+    """
 
     layers: tuple[Any, ...]
+    position: Any = None
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
