@@ -114,8 +114,8 @@ def test_sampling_keeps_to_its_bounds() -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             sample_token(logits, **wrong)
     model = build("gla")
+    right = torch.tensor([[True, False]])
     with pytest.raises(ValueError, match="left"):
-        right = torch.tensor([[True, False]])
         next(model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=1, mask=right))
     with pytest.raises(ValueError, match="length >= 1"):
         next(model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=1))

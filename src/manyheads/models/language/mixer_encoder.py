@@ -102,7 +102,8 @@ class MixerEncoder(Model):
             assert c.in_channels is not None
             self.embed = nn.Linear(c.in_channels, c.embed_dim)
         hidden = swiglu_width(c.embed_dim, ratio=c.mlp_ratio, multiple=c.mlp_multiple)
-        blocks, self._reversed = [], []
+        blocks: list[MixerBlock] = []
+        self._reversed: list[bool] = []
         for name in c.layer_types:
             both_ways = get_mechanism(name).bidirectional
             # Causal layers look backwards and forwards in turn, so that both directions are seen.
