@@ -3,8 +3,8 @@
 A verb's options are a :class:`~manyheads.config.Config`. Each field becomes a flag: its name with
 dashes, its type, its default, and as help the field's entry under "Attributes:" in the class
 docstring. A field whose metadata says ``positional`` becomes an argument; a tuple takes values
-separated by commas, or the flag several times; a bool becomes ``--flag / --no-flag``; ``choices``
-in the metadata are enforced.
+separated by commas, or the flag several times (``whole``: commas belong to the value); a bool
+becomes ``--flag / --no-flag``; ``choices`` in the metadata are enforced.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def add_flags(parser: argparse.ArgumentParser, options: type[Config]) -> None:
     """Add one flag or argument for each field of a config class."""
     helps = _attribute_helps(options.__doc__ or "")
     hints = typing.get_type_hints(options)
+    taken = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(options)}
     for field in dataclasses.fields(options):
-        _add_flag(parser, field, hints[field.name], helps.get(field.name, ""))
+        _add_flag(parser, field, hints[field.name], helps.get(field.name, ""), taken)
 
 
 def read_flags(namespace: argparse.Namespace, options: type[C]) -> C:
@@ -68,7 +69,11 @@ def read_flags(namespace: argparse.Namespace, options: type[C]) -> C:
 
 
 def _add_flag(
-    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any, text: str
+    parser: argparse.ArgumentParser,
+    field: dataclasses.Field[Any],
+    hint: Any,
+    text: str,
+    taken: set[str],
 ) -> None:
     kind, is_tuple = _plain(hint)
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -94,12 +99,13 @@ def _add_flag(
     elif is_tuple:
         arguments.pop("choices", None)
         metavar = field.name.upper().rstrip("S")
+        whole = bool(field.metadata.get("whole"))
         parser.add_argument(
             flag,
-            *_singular(flag),
+            *(s for s in _singular(flag) if s not in taken),
             action="append",
-            type=_many(kind),
-            metavar=f"{metavar}[,{metavar}...]",
+            type=kind if whole else _many(kind),
+            metavar=metavar if whole else f"{metavar}[,{metavar}...]",
             dest=field.name,
             **arguments,
         )
