@@ -4,7 +4,8 @@ A verb's options are a :class:`~manyheads.config.Config`. Each field becomes a f
 dashes, its type, its default, and as help the field's entry under "Attributes:" in the class
 docstring. A field whose metadata says ``positional`` becomes an argument; a tuple takes values
 separated by commas, or the flag several times (``whole``: commas belong to the value); a bool
-becomes ``--flag / --no-flag``; ``choices`` in the metadata are enforced.
+becomes ``--flag / --no-flag``; ``choices`` in the metadata are enforced. A class with ``presets``,
+values by name, has a field ``preset`` that says which of them stand in for the defaults.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ def seconds(text: str) -> float:
 
 def add_flags(parser: argparse.ArgumentParser, options: type[Config]) -> None:
     """Add one flag or argument for each field of a config class."""
-    helps = _attribute_helps(options.__doc__ or "")
+    helps: dict[str, str] = {}
+    for parent in reversed(options.__mro__):
+        helps |= _attribute_helps(parent.__doc__ or "")
+    for name, values in _presets(options).items():
+        for field_name, value in values.items():
+            helps[field_name] = f"{helps.get(field_name, '')} ({name}: {value})"
     hints = typing.get_type_hints(options)
     taken = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(options)}
     for field in dataclasses.fields(options):
@@ -55,7 +61,8 @@ def read_flags(namespace: argparse.Namespace, options: type[C]) -> C:
     Raises:
         ValueError: a value that the config refuses.
     """
-    values = {}
+    presets = _presets(options)
+    values = dict(presets.get(getattr(namespace, "preset", None) or "", {}))
     for field in dataclasses.fields(options):
         value = getattr(namespace, field.name, None)
         if value is None:
@@ -66,6 +73,10 @@ def read_flags(namespace: argparse.Namespace, options: type[C]) -> C:
                 continue
         values[field.name] = value
     return options(**values)
+
+
+def _presets(options: type[Config]) -> dict[str, dict[str, Any]]:
+    return getattr(options, "presets", {})
 
 
 def _add_flag(
