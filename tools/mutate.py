@@ -1,0 +1,118 @@
+"""Check the checks: golden files must catch deliberate errors in a copy of the sources.
+
+Run as ``python tools/mutate.py [NAME...]``. For every mutation the package is copied, one text is
+replaced, and the golden files of one paper are run against the copy. A mutation that no file
+catches is a hole in the harness, and so is one whose text is no longer in the source: both fail.
+An unchanged copy has to pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One deliberate error: which paper's files must fail, where, and what is replaced by what."""
+
+    name: str
+    slug: str
+    file: str
+    old: str
+    new: str
+
+    @property
+    def is_control(self) -> bool:
+        return self.old == self.new
+
+
+MUTATIONS = (
+    Mutation(
+        "gla: the sign of the gate's gradient",
+        "gla",
+        "attention/gla/fast.py",
+        "db = q * dq - k * dk",
+        "db = k * dk - q * dq",
+    ),
+    Mutation(
+        "gla: the current token decays too",
+        "gla",
+        "attention/gla/definition.py",
+        "memory = log_decay[:, :, t, :, None].exp() * memory + new",
+        "memory = log_decay[:, :, t, :, None].exp() * (memory + new)",
+    ),
+    Mutation(
+        "gla: the norm's eps in the layer",
+        "gla",
+        "attention/gla/module.py",
+        "self.norm = RMSNorm(head_value, eps=c.norm_eps",
+        "self.norm = RMSNorm(head_value, eps=1e-2",
+    ),
+    Mutation(
+        "gla: scores off by one column",
+        "gla",
+        "attention/gla/fast.py",
+        "(k * (r - b).exp()).mT).tril_()",
+        "(k * (r - b).exp()).mT).tril_(-1)",
+    ),
+)
+
+
+def run(mutation: Mutation) -> str | None:
+    """Return what is wrong with the harness for this mutation, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        target = copy / "manyheads" / mutation.file
+        text = target.read_text()
+        if text.count(mutation.old) != 1:
+            return f"the text to replace stands {text.count(mutation.old)} times in {mutation.file}"
+        target.write_text(text.replace(mutation.old, mutation.new))
+        environment = dict(os.environ, PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
+        command = [
+            sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+            "tests/parity/test_golden.py", "-k", f"[{mutation.slug}/",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    expected = 0 if mutation.is_control else 1
+    if done.returncode == expected and ("failed" in done.stdout) != mutation.is_control:
+        return None
+    return f"pytest ended with {done.returncode}, not {expected}\n{done.stdout[-2000:]}"
+
+
+def main() -> int:
+    """Run the named mutations, or all; returns 1 if the harness missed one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of names of mutations to run (none: all)")
+    names = parser.parse_args().names
+    chosen = [m for m in MUTATIONS if not names or any(n in m.name for n in names)]
+    controls = [
+        Mutation(f"{slug}: unchanged", slug, "__init__.py", "import_module\n", "import_module\n")
+        for slug in sorted({m.slug for m in chosen})
+    ]
+    chosen += controls
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        problems = list(pool.map(run, chosen))
+    for mutation, problem in zip(chosen, problems, strict=True):
+        good = "passes" if mutation.is_control else "caught"
+        print(f"{good if problem is None else 'MISSED'}  {mutation.name}")
+        if problem is not None:
+            print(f"        {problem}")
+    missed = sum(p is not None for p in problems)
+    errors = len(chosen) - len(controls)
+    print(f"{errors} deliberate errors and {len(controls)} controls; {missed} not as expected")
+    return 1 if missed or not errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
