@@ -5,7 +5,7 @@ file holds no host name, no user name and no path. The rows are frozen configs: 
 
 Three stages fill a `Results`, each in a module of its own with one function:
 
-- `run.measure_cost(results, seconds=..., progress=...)`: cost units, then the cost rows;
+- `measure.measure_cost(results, seconds=..., progress=...)`: cost units, then the cost rows;
 - `quality.measure_quality(results, seconds=..., progress=...)`: quality units and rows;
 - `answer.decide(results) -> Answer`, from the rows alone, as often as one likes.
 
@@ -63,6 +63,7 @@ class Unit(Config):
         figures: what was measured, plain JSON types; raw samples included.
         seconds: wall time that it took.
         reason: why it is not measured.
+        cause: the same in a word: time (left over from the budget), memory, or error.
     """
 
     key: str
@@ -70,6 +71,7 @@ class Unit(Config):
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str | None = None
+    cause: Literal["time", "memory", "error"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,7 +307,9 @@ class Results:
             "summary": _dicts(self.summary),
             "cost": _dicts(self.cost),
             "quality": _dicts(self.quality),
-            "skipped": [{"unit": u.key, "reason": u.reason} for u in self.skipped],
+            "skipped": [
+                {"unit": u.key, "cause": u.cause, "reason": u.reason} for u in self.skipped
+            ],
             "notes": self.notes,
             "units": _dicts(self.units.values()),
         }

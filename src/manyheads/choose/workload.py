@@ -26,18 +26,22 @@ __all__ = [
     "EXAMPLE",
     "PHASES",
     "PROBES",
+    "REFERENCE",
     "Workload",
     "read_mixers",
     "shapes_of_model",
     "workload_from_options",
 ]
 
+REFERENCE = "softmax"
 PHASES = ("train", "prefill", "decode")
 PROBES = ("recall", "copy", "listops")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # More text than a run of a few minutes can read; it bounds the time to load and hash it.
 _TEXT_BYTES = 16 << 20
-_SHORTEST_RUNG = 128
+_SHORTEST_RUNG, _MOST_RUNGS = 128, 10
+# Where only long sequences are asked for, one short one comes first: predictions start from it.
+_PILOT = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +50,8 @@ class Workload(Config):
 
     Attributes:
         length: N, tokens in a sequence; the answer is for this length.
-        lengths: lengths to measure at; empty for a ladder of doublings up to ``length``.
+        lengths: lengths to measure at; empty for a ladder of doublings up to ``length``. Where
+            all are long, 512 is added, from which the costs of the others are foreseen.
         heads, kv_heads, head_dim, batch, dtype: shapes of one layer; ``kv_heads`` None: as many
             as ``heads``.
         causal: whether a token sees only earlier ones.
@@ -151,13 +156,14 @@ class Workload(Config):
 
     @property
     def ladder(self) -> tuple[int, ...]:
-        """The lengths to measure at, ascending; ``length`` is among them."""
+        """The lengths to measure at, ascending; ``length`` is among them, and a short one."""
         if self.lengths:
-            return tuple(sorted({*self.lengths, self.length}))
-        rungs = [self.length]
-        while len(rungs) < 6 and rungs[-1] // 2 >= _SHORTEST_RUNG:
-            rungs.append(rungs[-1] // 2)
-        return tuple(reversed(rungs))
+            rungs = {*self.lengths, self.length}
+            return tuple(sorted(rungs if min(rungs) <= 2 * _PILOT else {*rungs, _PILOT}))
+        doublings = [self.length]
+        while len(doublings) < _MOST_RUNGS and doublings[-1] // 2 >= _SHORTEST_RUNG:
+            doublings.append(doublings[-1] // 2)
+        return tuple(reversed(doublings))
 
     @property
     def has_quality(self) -> bool:
@@ -171,13 +177,16 @@ class Workload(Config):
         from manyheads.models.language.pattern import parse_pattern
 
         if self.mixers:
-            return tuple(dict.fromkeys(n for m in self.mixers for n in parse_pattern(m)))
+            return tuple(dict.fromkeys(n for m in self.candidates for n in parse_pattern(m)))
         return tuple(n for n in list_mechanisms() if self._fits(get_mechanism(n)))
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """What is compared: names of mechanisms, and hybrids as they were written."""
-        return self.mixers or self.mechanisms
+        """What is compared: names of mechanisms, and hybrids as they were written; softmax, the
+        reference, is always among them."""
+        if not self.mixers:
+            return self.mechanisms
+        return self.mixers if REFERENCE in self.mixers else (*self.mixers, REFERENCE)
 
     @property
     def hybrids(self) -> tuple[str, ...]:
