@@ -20,7 +20,9 @@ Geometry = Literal["sequence", "grid", "ragged", "graph"]
 
 # One line a mechanism: the name and the file that registers it.
 _FILES = {
+    "diag": "manyheads.attention.diag",
     "gla": "manyheads.attention.gla",
+    "norm": "manyheads.attention.norm",
     "softmax": "manyheads.attention.softmax",
 }
 

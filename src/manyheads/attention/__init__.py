@@ -6,6 +6,15 @@ does; every module takes (batch, length, embed_dim). ``manyheads.list_mechanisms
 
 from __future__ import annotations
 
+from manyheads.attention.diag import (
+    DiagAttention,
+    DiagConfig,
+    diag,
+    diag_reference,
+    diag_step,
+    diag_update,
+    diag_weights,
+)
 from manyheads.attention.gla import (
     GatedLinearAttention,
     GLAConfig,
@@ -14,6 +23,15 @@ from manyheads.attention.gla import (
     gla_step,
     gla_update,
     gla_weights,
+)
+from manyheads.attention.norm import (
+    NormAttention,
+    NormConfig,
+    norm,
+    norm_reference,
+    norm_step,
+    norm_update,
+    norm_weights,
 )
 from manyheads.attention.softmax import (
     SoftmaxAttention,
@@ -26,15 +44,29 @@ from manyheads.attention.softmax import (
 )
 
 __all__ = [
+    "DiagAttention",
+    "DiagConfig",
     "GLAConfig",
     "GatedLinearAttention",
+    "NormAttention",
+    "NormConfig",
     "SoftmaxAttention",
     "SoftmaxConfig",
+    "diag",
+    "diag_reference",
+    "diag_step",
+    "diag_update",
+    "diag_weights",
     "gla",
     "gla_reference",
     "gla_step",
     "gla_update",
     "gla_weights",
+    "norm",
+    "norm_reference",
+    "norm_step",
+    "norm_update",
+    "norm_weights",
     "softmax",
     "softmax_reference",
     "softmax_step",
