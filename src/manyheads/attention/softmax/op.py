@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.layers.cache import append_tokens
 from manyheads.layers.heads import check_qkv
 from manyheads.layers.ragged import check_mask, compact, map_packed
 
 __all__ = ["SoftmaxState", "softmax", "softmax_step", "softmax_update"]
 
 _QUERY_BLOCK = 512  # rows of queries that meet a cache at once: bounds the mask that is made
-_ROOM = 256  # least number of free places when a cache grows
 
 
 class SoftmaxState(NamedTuple):
@@ -133,7 +133,7 @@ def softmax_update(
         state = SoftmaxState(key[:, :, :0], value[:, :, :0], before)
     before = state.length
     start, high = int(before.min()), int(before.max())
-    keys, values = _write(state, key, value, start, high)
+    keys, values = append_tokens(state.key, state.value, before, key, value)
     if high == 0:
         out = _sdpa(query, key, value, None, is_causal=True, scale=scale)
     elif length == 1 and start == high:
@@ -194,31 +194,3 @@ def _sdpa(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _write(
-    state: SoftmaxState, key: Tensor, value: Tensor, start: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """Put the new tokens behind those of each row; doubles the cache when it is full."""
-    length = key.shape[2]
-    need, capacity = high + length, state.key.shape[2]
-    keys, values = state.key, state.value
-    differentiable = key.requires_grad or value.requires_grad or keys.requires_grad
-    if need > capacity or differentiable:
-        size = need if differentiable or high == 0 else max(2 * capacity, need, _ROOM)
-        keys, values = (_grow(old, size, high) for old in (keys, values))
-    if start == high:
-        keys[:, :, high:need] = key
-        values[:, :, high:need] = value
-        return keys, values
-    rows = torch.arange(key.shape[0], device=key.device)[:, None]
-    places = state.length[:, None] + torch.arange(length, device=key.device)  # (B, N)
-    keys[rows, :, places] = key.transpose(1, 2)
-    values[rows, :, places] = value.transpose(1, 2)
-    return keys, values
-
-
-def _grow(old: Tensor, size: int, used: int) -> Tensor:
-    new = old.new_zeros(old.shape[0], old.shape[1], size, old.shape[3])
-    new[:, :, :used] = old[:, :, :used]
-    return new
