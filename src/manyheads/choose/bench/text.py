@@ -1,0 +1,115 @@
+"""The benchmark's record as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from manyheads.choose.bench.grid import DIRECTIONS, SDPA
+from manyheads.choose.table import text_table
+from manyheads.choose.units import show_bytes, show_rate, show_seconds
+
+__all__ = ["bench_text"]
+
+
+def bench_text(record: dict[str, Any]) -> str:
+    """Return tables of the ratios, the special measurements and the targets."""
+    m = record["machine"]
+    parts = [
+        f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, matrix products "
+        f"{show_rate(m['matmul_flops'])}\nB=1, H=8, D=64, float32; {record['command']}; "
+        f"{show_seconds(record['wall_seconds'])}"
+    ]
+    if record["quick"]:
+        parts.append("quick: short lengths and few rounds, to see that it runs")
+    for direction in DIRECTIONS:
+        for what, words in (("train", "forward and backward"), ("forward", "forward")):
+            parts.append(f"{direction}, {words}\n{_speed(record, direction, what)}")
+    parts += [_special(record["special"]), _targets(record["targets"])]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _speed(record: dict[str, Any], direction: str, what: str) -> str:
+    rows = [r for r in record["rows"] if r["direction"] == direction and r["what"] == what]
+    lengths = sorted({r["length"] for r in rows})
+    summary = {
+        s["mechanism"]: s
+        for s in record["summary"]
+        if s["direction"] == direction and s["what"] == what
+    }
+    cells = {(r["mechanism"], r["length"]): r for r in rows}
+    table = []
+    for name in dict.fromkeys(r["mechanism"] for r in rows):
+        s = summary[name]
+        exponent = "-" if s["exponent"] is None else f"{s['exponent']:.2f}"
+        cross = "-" if name == SDPA else _cross(s)
+        table.append([name, *(_cell(cells.get((name, n))) for n in lengths), exponent, cross])
+    return text_table(["", *(f"{n:,}" for n in lengths), "exponent", "faster than SDPA"], table)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    ratio = row["times_faster_than_sdpa"]
+    text = show_seconds(row["median"])
+    return text if ratio is None or row["mechanism"] == SDPA else f"{text} ({ratio:.2g}x)"
+
+
+def _cross(summary: dict[str, Any]) -> str:
+    if summary["faster_everywhere"]:
+        return "everywhere"
+    return "not yet" if summary["crossover"] is None else f"from {summary['crossover']:,.0f}"
+
+
+def _special(special: dict[str, Any]) -> str:
+    lines = []
+    if gla := special.get("gla_against_reference"):
+        lines.append(
+            f"gla against its definition by the token at {gla['length']:,}: forward "
+            f"{gla['forward']['times_faster']:.1f}x, forward and backward "
+            f"{gla['train']['times_faster']:.1f}x"
+        )
+    rows = []
+    for s in special["streaming"]:
+        first, last = (t["median"] for t in s["seconds"])
+        sizes = [show_bytes(b) for b in s["state_bytes"]]
+        rows.append(
+            (s["mechanism"], show_seconds(first), show_seconds(last), f"{s['time_ratio']:.2f}",
+             "yes" if s["within_spread"] else "no", *sizes)
+        )  # fmt: skip
+    few, many = special["streaming"][0]["tokens"]
+    header = ("one more token", f"after {few:,}", f"after {many:,}", "ratio", "within spread",
+              f"state after {few:,}", f"after {many:,}")  # fmt: skip
+    lines.append(text_table(header, rows))
+    if bias := special.get("urpe_against_bias"):
+        names = ("urpe over SDPA with a bias", "forward", "with backward", "bias with gradient")
+        table = [
+            (f"{r['length']:,}", f"{r['forward_ratio']:.2f}", f"{r['ratio']:.2f}",
+             f"{r['ratio_bias_gradient']:.2f}")
+            for r in bias
+        ]  # fmt: skip
+        lines.append(text_table(names, table))
+    if memory := special.get("urpe_inference_memory"):
+        figures = "; ".join(
+            f"{d} {show_bytes(memory[d]['peak_bytes'])} (one square: "
+            f"{show_bytes(memory[d]['square_bytes'])})"
+            for d in DIRECTIONS
+            if d in memory
+        )
+        lines.append(f"urpe without gradients at {memory['length']:,}: peak {figures}")
+    return "\n\n".join(lines)
+
+
+def _targets(targets: list[dict[str, Any]]) -> str:
+    rows = []
+    for t in targets:
+        bound = f"{'>=' if t['at_least'] else '<='} {t['bound']:g}{_unit(t['unit'])}"
+        measured = "never" if t["met"] is False else "-"
+        if t["measured"] is not None:
+            measured = f"{t['measured']:.3g}{_unit(t['unit'])}"
+        verdict = {True: "met", False: "MISSED", None: "not measured"}[t["met"]]
+        rows.append((t["what"], bound, measured, verdict))
+    return text_table(("target", "aim", "measured", "verdict"), rows)
+
+
+def _unit(unit: str) -> str:
+    return unit if unit in ("", "x") else f" {unit}"
