@@ -195,6 +195,10 @@ def test_out_argument_is_followed() -> None:
     with track_memory() as tracker:
         torch.mm(a, a, out=out)
     assert (tracker.current, tracker.peak) == (3600, 3600)
+    rows = [torch.empty(0) for _ in range(30)]
+    with track_memory() as tracker:
+        torch.unbind_copy(a, out=rows)  # returns nothing itself
+    assert tracker.current == 3600
 
 
 def test_tensor_from_a_list_counts() -> None:

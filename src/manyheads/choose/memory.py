@@ -88,9 +88,6 @@ class MemoryTracker(DeepMode):
         for t in tensors_in(args, kwargs):
             self._see(t, is_new=is_new)
         out = self.run(func, args, kwargs)
-        if func._schema.is_mutable:
-            for t in tensors_in(args, kwargs):
-                self._see(t, func, is_new=False)
         for t in tensors_in(out):
             self._see(t, func, is_new=True)
         return out

@@ -169,12 +169,11 @@ def _warm_up(call: Callable[[], object], times: int, min_sample_seconds: float) 
     # The last warm call says how many calls make a sample long enough for the clock.
     for _ in range(max(times, 1) - 1):
         call()
-    seconds = max(_sample(call, 1), 1e-9)
-    if seconds >= min_sample_seconds:
-        return 1
-    # The very first call is slow; look again before deciding on a number.
-    seconds = max(min(seconds, _sample(call, 1)), 1e-9)
-    return max(1, math.ceil(min_sample_seconds / seconds))
+    seconds = _sample(call, 1)
+    if seconds < 100 * min_sample_seconds:
+        # First calls are slow: decide by the best of three.
+        seconds = min(seconds, _sample(call, 1), _sample(call, 1))
+    return max(1, math.ceil(min_sample_seconds / max(seconds, 1e-9)))
 
 
 def _sample(call: Callable[[], object], number: int) -> float:
