@@ -50,6 +50,13 @@ def _flops(s: Shape) -> int:
     return 2 * s.batch * s.heads * blocks * block * block * (s.head_dim + s.dv)
 
 
+def _memory_numbers(s: Shape) -> int:
+    block = min(_BLOCK, s.length)
+    segment = min(1 << 18, s.batch * s.heads * -(-s.length // block) * block * block)
+    repeated = 0 if s.hkv == s.heads else s.length * (s.head_dim + s.dv)
+    return s.batch * s.heads * (s.length * s.dv + repeated) + 3 * segment
+
+
 register_mechanism(
     Mechanism(
         name="diag",
@@ -70,7 +77,7 @@ register_mechanism(
         flops=_flops,
         bytes_moved=lambda s: 4 * s.batch * s.length * (s.heads + s.hkv) * (s.head_dim + s.dv),
         state_numbers=lambda s: s.batch * s.hkv * _BLOCK * (s.head_dim + s.dv),
-        memory_numbers=lambda s: s.batch * s.heads * s.length * s.dv + (3 << 18),
+        memory_numbers=_memory_numbers,
         inputs=_inputs,
         notes=("a token sees its own block of 64 alone: combine it with a mechanism that sees on",),
     )

@@ -61,6 +61,15 @@ def _flops(s: Shape) -> int:
     return s.batch * s.heads * chunks * chunk
 
 
+def _memory_numbers(s: Shape) -> int:
+    outputs = 2 * s.batch * s.heads * s.length * s.dv
+    if not s.is_causal:
+        return outputs + s.batch * s.hkv * s.head_dim * s.dv
+    repeated = 0 if s.hkv == s.heads else s.length * (s.head_dim + s.dv)
+    tile = min(1 << 18, s.batch * s.heads * s.length * max(s.head_dim, s.dv, _CHUNK))
+    return outputs + s.batch * s.heads * repeated + 3 * tile
+
+
 register_mechanism(
     Mechanism(
         name="norm",
@@ -81,7 +90,7 @@ register_mechanism(
         flops=_flops,
         bytes_moved=lambda s: 4 * s.batch * s.length * (s.heads + s.hkv) * (s.head_dim + s.dv),
         state_numbers=lambda s: s.batch * s.hkv * s.head_dim * s.dv,
-        memory_numbers=lambda s: 2 * s.batch * s.heads * s.length * s.dv,
+        memory_numbers=_memory_numbers,
         inputs=_inputs,
         notes=("the norm couples all heads: heads cannot be computed or pruned one by one",),
     )
