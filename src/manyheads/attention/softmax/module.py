@@ -101,9 +101,7 @@ class SoftmaxAttention(SequenceMixer):
         else:
             places = positions(mask, x.shape[1], device=x.device)
         q, k, v = self._project(x, places)
-        causal = self.config.is_causal
-        out = softmax(q, k, v, is_causal=causal, mask=mask, cu_seqlens=cu_seqlens)
-        return self.out_proj(merge_heads(out))
+        return self.out_proj(merge_heads(self._attend(q, k, v, mask, cu_seqlens)))
 
     def init_state(
         self,
@@ -128,8 +126,19 @@ class SoftmaxAttention(SequenceMixer):
         mask = check_mask(mask, x.shape[0], x.shape[1])
         places = positions(mask, x.shape[1], device=x.device) + state.cache.length[:, None]
         q, k, v = self._project(x, places)
-        out, cache = softmax_update(state.cache, q, k, v, mask=mask)
+        out, cache = self._attend_cache(state.cache, q, k, v, mask)
         return self.out_proj(merge_heads(out)), SoftmaxLayerState(cache)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        causal = self.config.is_causal
+        return softmax(q, k, v, is_causal=causal, mask=mask, cu_seqlens=cu_seqlens)
+
+    def _attend_cache(
+        self, cache: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, SoftmaxState]:
+        return softmax_update(cache, q, k, v, mask=mask)
 
     def _project(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
