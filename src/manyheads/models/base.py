@@ -36,6 +36,7 @@ _FILES = (
     "manyheads.models.language.transnormer",
     "manyheads.models.language.transnormer_encoder",
     "manyheads.models.language.transnormer_lra",
+    "manyheads.models.language.urpe",
 )
 
 
