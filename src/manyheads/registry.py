@@ -24,6 +24,7 @@ _FILES = {
     "gla": "manyheads.attention.gla",
     "norm": "manyheads.attention.norm",
     "softmax": "manyheads.attention.softmax",
+    "urpe": "manyheads.attention.urpe",
 }
 
 

@@ -42,6 +42,17 @@ from manyheads.attention.softmax import (
     softmax_update,
     softmax_weights,
 )
+from manyheads.attention.urpe import (
+    URPEAttention,
+    URPEConfig,
+    add_urpe,
+    urpe,
+    urpe_from_lse,
+    urpe_reference,
+    urpe_step,
+    urpe_update,
+    urpe_weights,
+)
 
 __all__ = [
     "DiagAttention",
@@ -52,6 +63,9 @@ __all__ = [
     "NormConfig",
     "SoftmaxAttention",
     "SoftmaxConfig",
+    "URPEAttention",
+    "URPEConfig",
+    "add_urpe",
     "diag",
     "diag_reference",
     "diag_step",
@@ -72,4 +86,10 @@ __all__ = [
     "softmax_step",
     "softmax_update",
     "softmax_weights",
+    "urpe",
+    "urpe_from_lse",
+    "urpe_reference",
+    "urpe_step",
+    "urpe_update",
+    "urpe_weights",
 ]
