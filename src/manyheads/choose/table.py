@@ -9,7 +9,17 @@ from manyheads.choose.results import CostRow, QualityRow, Results, Summary, Unit
 from manyheads.choose.units import show_bytes, show_count, show_rate, show_seconds
 from manyheads.choose.workload import Workload
 
-__all__ = ["answer_text", "cost_table", "describe", "headline", "length_table", "text_table"]
+__all__ = [
+    "answer_text",
+    "cost_cells",
+    "cost_table",
+    "describe",
+    "gaps",
+    "headline",
+    "length_table",
+    "protocol",
+    "text_table",
+]
 
 _WIDTH = 100
 
@@ -49,12 +59,18 @@ def headline(results: Results) -> str:
         f"machine   {m['cpu']}, {m['threads']} threads, torch {m['torch']}, matrix products "
         f"{show_rate(m.get('matmul_flops'))} ({w.dtype})"
     )
-    seconds = sum(s["seconds"] for s in results.sessions)
-    lines.append(
-        f"protocol  interleaved rounds, medians with quartiles; seed {w.seed}; "
-        f"{show_seconds(seconds)} in {len(results.sessions)} session(s)"
-    )
+    lines.append(f"protocol  {'; '.join(protocol(results))}")
     return "\n".join(lines)
+
+
+def protocol(results: Results) -> list[str]:
+    """Return how it was measured, in short statements."""
+    seconds = sum(s["seconds"] for s in results.sessions)
+    return [
+        "interleaved rounds, medians with quartiles",
+        f"seed {results.workload.seed}",
+        f"{show_seconds(seconds)} in {len(results.sessions)} session(s)",
+    ]
 
 
 def describe(workload: Workload) -> str:
@@ -74,6 +90,13 @@ def describe(workload: Workload) -> str:
 
 def cost_table(results: Results) -> str:
     """Return the costs at the workload's length, one row a candidate, fastest first."""
+    header, rows, notes = cost_cells(results)
+    best = None if results.answer is None else results.answer.best
+    return text_table(header, rows, mark=best) + "\n" + _wrap(notes)
+
+
+def cost_cells(results: Results) -> tuple[list[str], list[list[str]], str]:
+    """Return the header, the rows and the notes of the table of costs, as text cells."""
     w = results.workload
     rows = sorted(
         (r for r in results.cost if r.length == w.length), key=lambda r: _main_seconds(r, w)
@@ -98,15 +121,12 @@ def cost_table(results: Results) -> str:
         (title, lambda r, cells=cells: cells.get(r.mixer, "-"))  # type: ignore[misc]
         for title, cells in _quality_columns(results.quality)
     ]
-    best = None if results.answer is None else results.answer.best
-    table = text_table(
-        [title for title, _ in columns], [[cell(r) for _, cell in columns] for r in rows], mark=best
-    )
     notes = [f"one layer without its projections at length {w.length:,}; state per layer"]
     if any(r.predicted for r in rows):
         notes.append("~ predicted, not measured")
     notes.append("± half the distance of the quartiles; rate: of this machine's matrix products")
-    return table + "\n" + _wrap("; ".join(notes))
+    cells = [[cell(r) for _, cell in columns] for r in rows]
+    return [title for title, _ in columns], cells, "; ".join(notes)
 
 
 def length_table(results: Results) -> str:
@@ -139,14 +159,14 @@ def answer_text(results: Results) -> str:
     if results.notes:
         lines += ["", *(_wrap(note, "  ") for note in results.notes)]
     if results.skipped:
-        lines += ["", "Not measured:", *(_wrap(f"- {text}", "  ") for text in _gaps(results))]
+        lines += ["", "Not measured:", *(_wrap(f"- {text}", "  ") for text in gaps(results))]
     return "\n".join(lines)
 
 
 _WORDS = {"train": "forward and backward", "decode": "one more token"}
 
 
-def _gaps(results: Results) -> list[str]:
+def gaps(results: Results) -> list[str]:
     """Say what was not measured: a line for each mixer and cause, the reason of the last unit."""
     groups: dict[tuple[str, str], list[Unit]] = {}
     for unit in results.skipped:
