@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from manyheads.errors import unknown_name
 from manyheads.layers.norms import simple_rms_norm
@@ -32,7 +35,8 @@ class TokenLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each token."""
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class TokenBatchNorm(nn.Module):
@@ -93,12 +97,26 @@ class TokenBatchNorm(nn.Module):
     def _reduce(self, t: Tensor) -> Tensor:
         if not (self.sync and dist.is_available() and dist.is_initialized()):
             return t
-        from torch.distributed.nn.functional import all_reduce
-
-        return all_reduce(t)
+        return _AllSum.apply(t)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, sync={self.sync}, eps={self.eps}, momentum={self.momentum}"
+
+
+class _AllSum(torch.autograd.Function):
+    """The sum over all processes; every process's loss then reaches every process's tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        total = t.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def token_norm(name: str, dim: int, *, eps: float = 1e-8) -> nn.Module:
