@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_another_process_draws_the_same() -> None:
     code += "print(digest())"
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PYTHONHASHSEED": "5"},
+        env=os.environ | {"PYTHONHASHSEED": "5"},
         capture_output=True,
         text=True,
         check=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -75,7 +76,8 @@ def test_files_that_are_no_text(tmp_path: Path, content: bytes, message: str) ->
     ("source", "message"),
     [
         ("no/such/file", "does not exist: give a text file"),
-        ("pyton", "did you mean 'python'"),
+        ("pyton", "did you mean 'builtin:python'"),
+        ("bultin:kjv", "did you mean 'builtin:kjv'"),
         ("builtin:pyton", "did you mean 'builtin:python'"),
     ],
 )
@@ -168,7 +170,7 @@ def test_another_process_reads_the_same() -> None:
     run = [sys.executable, "-c", code]
     others = {
         subprocess.run(
-            run, env={"PYTHONHASHSEED": h}, capture_output=True, text=True, check=True
+            run, env=os.environ | {"PYTHONHASHSEED": h}, capture_output=True, text=True, check=True
         ).stdout.strip()
         for h in ("1", "2")
     }

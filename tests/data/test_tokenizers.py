@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_long_texts_are_cut_where_no_token_is(trained: BPETokenizer, monkeypatch
     assert len(pieces) > 100
     assert "".join(pieces) == TEXT
     assert trained.encode(TEXT).tolist() == whole
+    monkeypatch.setattr(bpe, "_CHUNK", 5)
+    for blank in ("a \n\n  b", "x\n \n\ty", "\r\n\r\n z", "é  \n€ "):
+        text = blank * 9
+        spaced = BPETokenizer.train(text, vocab_size=300)
+        whole = spaced._model.encode(text, add_special_tokens=False).ids
+        assert spaced.encode(text).tolist() == whole, blank
 
 
 def test_the_saved_bpe_opens_in_its_own_package(trained: BPETokenizer, tmp_path: Path) -> None:
@@ -159,7 +166,7 @@ def test_bpe_training_is_the_same_in_another_process(trained: BPETokenizer) -> N
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PYTHONHASHSEED": "7"},
+        env=os.environ | {"PYTHONHASHSEED": "7"},
         capture_output=True,
         text=True,
         check=True,

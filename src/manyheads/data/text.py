@@ -86,7 +86,8 @@ def load_text(source: str | os.PathLike[str], *, max_bytes: int | None = None) -
             data = _read_file(path, max_bytes)
             description = f"text file {path.name}"
         else:
-            hint = nearest(name, [*BUILTIN_TEXTS, *(_PREFIX + k for k in BUILTIN_TEXTS)])
+            hint = nearest(name, BUILTIN_TEXTS).replace("mean '", f"mean '{_PREFIX}")
+            hint = hint or nearest(name, [_PREFIX + k for k in BUILTIN_TEXTS])
             raise ValueError(f"data {name!r} does not exist{hint}: {_WAYS}")
     data = _cut(data, max_bytes)
     if not data.strip():
