@@ -77,8 +77,8 @@ _LIGHT = """
     replication_pad1d_backward replication_pad2d_backward replication_pad3d_backward
     rrelu_with_noise rrelu_with_noise_backward rrelu_with_noise_functional scatter_add
     scatter_reduce searchsorted segment_reduce size smooth_l1_loss smooth_l1_loss_backward
-    soft_margin_loss soft_margin_loss_backward softplus_backward softshrink_backward sort std
-    std_mean stride sum to_mkldnn topk trace uniform unique_consecutive unique_dim
+    soft_margin_loss soft_margin_loss_backward softmax softplus_backward softshrink_backward sort
+    std std_mean stride sum to_mkldnn topk trace uniform unique_consecutive unique_dim
     unique_dim_consecutive var var_mean
 """
 
