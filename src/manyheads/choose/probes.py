@@ -60,6 +60,7 @@ def build_probe(name: str, workload: Workload) -> Contest:
         scores, targets = logits(model, train.batch(step))
         return F.cross_entropy(scores, targets)
 
+    @torch.no_grad()
     def evaluate(model: nn.Module) -> Figure:
         right = scored = 0
         for batch in test:

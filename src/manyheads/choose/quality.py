@@ -163,6 +163,7 @@ def text_contest(results: Results) -> Contest:
         inputs, targets, _ = batches.batch(step)
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
+    @torch.no_grad()
     def evaluate(model: nn.Module) -> Figure:
         means, weights = [], []
         for inputs, targets, mask in HeldOutWindows(held_out, length=length, batch_size=batch_size):
