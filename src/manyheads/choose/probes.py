@@ -22,7 +22,7 @@ __all__ = ["PROBE_CONFIGS", "build_probe"]
 
 # Sizes that two small layers learn within a few hundred steps where the mechanism allows it.
 PROBE_CONFIGS: dict[str, TaskConfig] = {
-    "recall": RecallConfig(vocab_size=64, length=48, pairs=4, filler="zero", power=0.1),
+    "recall": RecallConfig(vocab_size=16, length=24, pairs=4, filler="zero", power=0.5),
     "copy": CopyConfig(vocab_size=16, symbols=16),
     "listops": ListOpsConfig(max_depth=3, max_args=4, min_length=8, max_length=64),
 }
