@@ -30,6 +30,7 @@ __all__ = [
 
 # Files that register variants when imported.
 _FILES = (
+    "manyheads.models.language.aaren",
     "manyheads.models.language.gla",
     "manyheads.models.language.mixer_encoder",
     "manyheads.models.language.mixer_lm",
