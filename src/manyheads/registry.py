@@ -20,6 +20,7 @@ Geometry = Literal["sequence", "grid", "ragged", "graph"]
 
 # One line a mechanism: the name and the file that registers it.
 _FILES = {
+    "aaren": "manyheads.attention.aaren",
     "diag": "manyheads.attention.diag",
     "gla": "manyheads.attention.gla",
     "norm": "manyheads.attention.norm",

@@ -6,6 +6,20 @@ does; every module takes (batch, length, embed_dim). ``manyheads.list_mechanisms
 
 from __future__ import annotations
 
+from manyheads.attention.aaren import (
+    AarenAttention,
+    AarenConfig,
+    AarenState,
+    aaren,
+    aaren_reference,
+    aaren_step,
+    aaren_update,
+    aaren_weights,
+    combine,
+    many_to_one,
+    prefix_attention,
+    prefix_states,
+)
 from manyheads.attention.diag import (
     DiagAttention,
     DiagConfig,
@@ -55,6 +69,9 @@ from manyheads.attention.urpe import (
 )
 
 __all__ = [
+    "AarenAttention",
+    "AarenConfig",
+    "AarenState",
     "DiagAttention",
     "DiagConfig",
     "GLAConfig",
@@ -65,7 +82,13 @@ __all__ = [
     "SoftmaxConfig",
     "URPEAttention",
     "URPEConfig",
+    "aaren",
+    "aaren_reference",
+    "aaren_step",
+    "aaren_update",
+    "aaren_weights",
     "add_urpe",
+    "combine",
     "diag",
     "diag_reference",
     "diag_step",
@@ -76,11 +99,14 @@ __all__ = [
     "gla_step",
     "gla_update",
     "gla_weights",
+    "many_to_one",
     "norm",
     "norm_reference",
     "norm_step",
     "norm_update",
     "norm_weights",
+    "prefix_attention",
+    "prefix_states",
     "softmax",
     "softmax_reference",
     "softmax_step",
