@@ -22,6 +22,7 @@ Geometry = Literal["sequence", "grid", "ragged", "graph"]
 _FILES = {
     "aaren": "manyheads.attention.aaren",
     "diag": "manyheads.attention.diag",
+    "flow": "manyheads.attention.flow",
     "gla": "manyheads.attention.gla",
     "norm": "manyheads.attention.norm",
     "softmax": "manyheads.attention.softmax",

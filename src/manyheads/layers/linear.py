@@ -15,7 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["causal_linear"]
+from manyheads.layers.precision import without_autocast
+
+__all__ = ["cache_tiles", "causal_linear", "cut_chunks"]
 
 _TILE_NUMBERS = 1 << 18  # numbers in one (B, H, tile, D) temporary: 1 MiB in float32
 
@@ -57,6 +59,7 @@ def causal_linear(
 
 
 @torch.library.custom_op("manyheads::causal_linear", mutates_args=())
+@without_autocast
 def _forward_op(
     query: Tensor, key: Tensor, value: Tensor, memory: Tensor, chunk_size: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,10 +69,10 @@ def _forward_op(
     chunks = -(-length // chunk_size) if keep else 0
     states = query.new_empty(batch, heads, chunks, dim, value.shape[-1])
     final = memory.clone()
-    for rows, spans in _tiles(query, chunk_size):
+    for rows, spans in cache_tiles(query, chunk_size):
         carried = final[rows]
         for start, stop in spans:
-            q, k, v = _chunks((query, key, value), rows, start, stop, chunk_size)
+            q, k, v = cut_chunks((query, key, value), rows, start, stop, chunk_size)
             added = k.mT @ v  # (B, H, n, D, V)
             first, count = start // chunk_size, added.shape[2]
             before = states[rows, :, first : first + count] if keep else torch.empty_like(added)
@@ -94,6 +97,7 @@ def _(query, key, value, memory, chunk_size, keep):  # type: ignore[no-untyped-d
 
 
 @torch.library.custom_op("manyheads::causal_linear_backward", mutates_args=())
+@without_autocast
 def _backward_op(
     query: Tensor,
     key: Tensor,
@@ -106,10 +110,10 @@ def _backward_op(
     """Walk the tiles backwards with the gradient of the memory."""
     grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
     grad_memory = grad_final.clone()
-    for rows, spans in _tiles(query, chunk_size):
+    for rows, spans in cache_tiles(query, chunk_size):
         carried = grad_memory[rows]
         for start, stop in reversed(spans):
-            q, k, v, do = _chunks((query, key, value, grad_out), rows, start, stop, chunk_size)
+            q, k, v, do = cut_chunks((query, key, value, grad_out), rows, start, stop, chunk_size)
             first, count = start // chunk_size, q.shape[2]
             before = states[rows, :, first : first + count]
             added = q.mT @ do
@@ -138,10 +142,16 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, _, ctx.chunk_size, _ = inputs
     states = output[2]
     ctx.mark_non_differentiable(states)
+    ctx.set_materialize_grads(False)  # a gradient of zeros for the states would be as large
     ctx.save_for_backward(query, key, value, states)
 
 
 def _backward(ctx, grad_out, grad_final, _):  # type: ignore[no-untyped-def]
+    query, _, value, _ = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(value)
+    if grad_final is None:
+        grad_final = query.new_zeros(*query.shape[:2], query.shape[-1], value.shape[-1])
     grads = _backward_op(*ctx.saved_tensors, grad_out, grad_final.contiguous(), ctx.chunk_size)
     return (*grads, None, None)
 
@@ -149,8 +159,12 @@ def _backward(ctx, grad_out, grad_final, _):  # type: ignore[no-untyped-def]
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _tiles(query: Tensor, chunk_size: int) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
-    """Yield rows of the batch with the spans of tokens (whole chunks) to walk for them."""
+def cache_tiles(query: Tensor, chunk_size: int) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
+    """Yield rows of the batch (B, H, N, D), and the spans of tokens to walk in order for them.
+
+    A span is a number of whole chunks (the last one may be cut) whose (B, H, span, D) temporaries
+    stay in the processor's cache.
+    """
     batch, heads, length, dim = query.shape
     numbers = max(1, heads * chunk_size * dim)
     rows = max(1, min(batch, _TILE_NUMBERS // numbers))
@@ -160,7 +174,7 @@ def _tiles(query: Tensor, chunk_size: int) -> Iterator[tuple[slice, list[tuple[i
         yield slice(first, first + rows), spans
 
 
-def _chunks(
+def cut_chunks(
     tensors: tuple[Tensor, ...], rows: slice, start: int, stop: int, chunk_size: int
 ) -> tuple[Tensor, ...]:
     """Cut tokens start:stop to (B, H, n, C, ·); zeros fill the last chunk and change nothing."""
