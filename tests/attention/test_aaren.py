@@ -411,6 +411,26 @@ def test_half_precision_is_scanned_in_float32() -> None:
     assert relative_error(out, exact) < 5e-4
 
 
+def test_autocast_does_not_reach_the_sums() -> None:
+    query, (scores, values) = torch.randn(3, 20), (t.float() for t in draw(length=500))
+    key = torch.randn(1, 3, 500, 20)
+    module = AarenAttention(AarenConfig(embed_dim=60, num_heads=3))
+    x = torch.randn(1, 500, 60)
+
+    def run() -> list[Tensor]:
+        out, state = prefix_attention(scores, values)
+        return [out, *state, aaren(query, key, values), *many_to_one(query, key, values)[1]]
+
+    expected = run()
+    _, state = module.update(x, module.init_state(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for a, b in zip(run(), expected, strict=True):
+            assert torch.equal(a, b)
+        _, own = module.update(x, module.init_state(1))
+    assert_close(own.m, state.m, 1e-6)
+    assert_close(own.u, state.u, 1e-5)
+
+
 def test_errors_name_what_is_wrong() -> None:
     query, key = torch.randn(3, 20), torch.randn(2, 3, 63, 20)
     with pytest.raises(ValueError, match=r"head_dim.*20 and 21"):

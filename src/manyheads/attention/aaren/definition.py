@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.layers.heads import repeat_kv
+from manyheads.layers.precision import without_autocast
 from manyheads.layers.ragged import check_mask
 
 __all__ = [
@@ -74,6 +75,7 @@ def finite(m: Tensor) -> Tensor:
     return m.masked_fill(m == -torch.inf, 0)
 
 
+@without_autocast
 def prefix_scores(query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
     """Return scale · q·k_i for the one query of each head, (B, H, N).
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.aaren.definition import finite
+from manyheads.layers.precision import without_autocast
 
 __all__ = ["flops", "pieces", "prefix_softmax", "working_numbers"]
 
@@ -47,6 +48,7 @@ def prefix_softmax(
 
 
 @torch.library.custom_op("manyheads::prefix_softmax", mutates_args=())
+@without_autocast
 def _forward_op(
     scores: Tensor,
     values: Tensor,
@@ -93,6 +95,7 @@ def _(scores, values, maximum, normalizer, weighted, chunk_size):  # type: ignor
 
 
 @torch.library.custom_op("manyheads::prefix_softmax_backward", mutates_args=())
+@without_autocast
 def _backward_op(
     scores: Tensor,
     values: Tensor,

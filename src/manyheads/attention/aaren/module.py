@@ -136,20 +136,26 @@ class AarenAttention(SequenceMixer):
         return self.out_proj(merge_heads(out)), state
 
     def _scores(self, x: Tensor) -> Tensor:
-        """Return q · (W_k x + b_k) / sqrt(D), (..., H), as a product of x with H vectors."""
+        """Return q · (W_k x + b_k) / sqrt(D), (..., H), as a product of x with H vectors.
+
+        In float32 at least, under autocast too: exponentials follow.
+        """
         c = self.config
-        query = self.query
-        if c.query == "token":
-            query = self.q_proj(query).view(c.num_heads, c.head_dim)
-        query = query * c.head_dim**-0.5
-        if c.query == "shared":
-            query = query.expand(c.num_heads, -1)
         heads = (c.num_heads, c.head_dim)
-        vectors = (query[:, None] @ self.k_proj.weight.unflatten(0, heads)).squeeze(1)
-        bias = None
-        if self.k_proj.bias is not None:
-            bias = (query * self.k_proj.bias.view(heads)).sum(-1)
-        return F.linear(x, vectors, bias)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            query: Tensor = self.query.to(wide)
+            if c.query == "token":
+                query = F.linear(query, self.q_proj.weight.to(wide)).view(heads)
+                if self.q_proj.bias is not None:
+                    query = query + self.q_proj.bias.to(wide).view(heads)
+            query = query.expand(heads) * c.head_dim**-0.5
+            keys = self.k_proj.weight.to(wide).unflatten(0, heads)
+            vectors = (query[:, None] @ keys).squeeze(1)  # (H, C)
+            scores = F.linear(x.to(wide), vectors)
+            if self.k_proj.bias is not None:
+                scores = scores + (query * self.k_proj.bias.to(wide).view(heads)).sum(-1)
+            return scores
 
     def key_map(self) -> KeyMap:
         """Names of torch.nn.MultiheadAttention, and ``query``."""

@@ -22,6 +22,7 @@ from manyheads.attention.aaren.definition import (
 from manyheads.attention.aaren.fast import prefix_softmax
 from manyheads.errors import unknown_name
 from manyheads.layers.heads import repeat_kv
+from manyheads.layers.precision import without_autocast
 from manyheads.layers.ragged import check_mask, map_packed
 
 __all__ = ["aaren", "aaren_update", "many_to_one", "prefix_attention", "prefix_states"]
@@ -248,12 +249,17 @@ def many_to_one(
         here = None if mask is None else mask[:, block]
         s, v, state = _prepare(scores, value[:, :, block], state, here)
         if s.shape[-1]:
-            m = s.amax(-1).detach()
-            p = (s - finite(m)[..., None]).exp()
-            own = AarenState(m, p.sum(-1), (p[..., None, :] @ v).squeeze(-2))
-            state = combine(state, own)
+            state = combine(state, _summarise(s, v))
     assert state is not None
     return state.output.to(value.dtype), state
+
+
+@without_autocast
+def _summarise(s: Tensor, v: Tensor) -> AarenState:
+    """Return what a block leaves behind, through one row of weights."""
+    m = s.amax(-1).detach()
+    p = (s - finite(m)[..., None]).exp()
+    return AarenState(m, p.sum(-1), (p[..., None, :] @ v).squeeze(-2))
 
 
 def _prepare(
