@@ -65,6 +65,55 @@ MUTATIONS = (
         "(k * (r - b).exp()).mT).tril_()",
         "(k * (r - b).exp()).mT).tril_(-1)",
     ),
+    Mutation(
+        "transnormer: the norm's gradient loses a factor",
+        "transnormer",
+        "attention/norm/fast.py",
+        "* (size / (rms * count))",
+        "/ count * 0.9",
+    ),
+    Mutation(
+        "transnormer: the reflection is halved",
+        "transnormer",
+        "layers/lrpe.py",
+        "(x @ v)[..., None], v, value=-2",
+        "(x @ v)[..., None], v, value=-1",
+    ),
+    Mutation(
+        "transnormer: the causal mask is off by one",
+        "transnormer",
+        "attention/diag/fast.py",
+        ".triu(1)",
+        ".triu(2)",
+    ),
+    Mutation(
+        "urpe: the multiplier is left out forwards",
+        "urpe",
+        "attention/urpe/fast.py",
+        "a.mul_(p.tile(p.multiplier, block))",
+        "a.mul_(p.tile(p.multiplier, block).sign())",
+    ),
+    Mutation(
+        "urpe: distances from zero on are shifted by one place",
+        "urpe",
+        "layers/relative.py",
+        "signed >= 0, signed + 2, signed",
+        "signed >= 0, signed + 1, signed",
+    ),
+    Mutation(
+        "aaren: the sums of the second state are not rescaled",
+        "aaren",
+        "attention/aaren/definition.py",
+        "a, b = (state_a.m - base).exp(), (state_b.m - base).exp()",
+        "a, b = (state_a.m - base).exp(), torch.ones_like(state_b.m)",
+    ),
+    Mutation(
+        "aaren: the running maximum looks ahead",
+        "aaren",
+        "attention/aaren/fast.py",
+        "m = torch.maximum(scores.cummax(-1).values, maximum[..., None])",
+        "m = torch.maximum(scores.amax(-1, keepdim=True) * 0 + scores, maximum[..., None])",
+    ),
 )
 
 
