@@ -11,6 +11,7 @@ m enters as a constant: the output does not depend on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -183,38 +184,53 @@ class _Piece(NamedTuple):
 
 def pieces(rows: int, length: int, dim: int, chunk_size: int) -> list[_Piece]:
     """Cut all rows into pieces of whole chunks; a last, shorter chunk is a piece of its own."""
+    return [
+        _Piece(slice(row, min(row + group, rows)), slice(at, min(at + size, last)), chunk)
+        for first, last, chunk, group, size in _runs(length, dim, chunk_size)
+        for row in range(0, rows, group)
+        for at in range(first, last, size)
+    ]
+
+
+def _runs(length: int, dim: int, chunk_size: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield for the whole chunks and for the rest: first, last, chunk, rows and tokens a piece."""
     chunk_size = min(chunk_size, max(length, 1))
     whole = length - length % chunk_size
-    found = []
     for first, last, chunk in ((0, whole, chunk_size), (whole, length, length - whole)):
-        if first == last:
-            continue
-        tokens = max(1, _PIECE_NUMBERS // (max(dim, chunk) * chunk)) * chunk
-        size = min(tokens, _PIECE_CHUNKS * chunk, last - first)
-        group = max(1, tokens // (last - first))
-        found += [
-            _Piece(slice(row, min(row + group, rows)), slice(at, min(at + size, last)), chunk)
-            for row in range(0, rows, group)
-            for at in range(first, last, size)
-        ]
-    return found
+        if first < last:
+            tokens = max(1, _PIECE_NUMBERS // (max(dim, chunk) * chunk)) * chunk
+            size = min(tokens, _PIECE_CHUNKS * chunk, last - first)
+            yield first, last, chunk, max(1, tokens // (last - first)), size
+
+
+def _kinds(
+    rows: int, length: int, dim: int, chunk_size: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield how many pieces there are of each size, their rows, their tokens and their chunk.
+
+    Their number does not depend on the length: lengths that no memory holds can be asked for.
+    """
+    for first, last, chunk, group, size in _runs(length, dim, chunk_size):
+        for high, many in ((group, rows // group), (rows % group, 1)):
+            for wide, more in ((size, (last - first) // size), ((last - first) % size, 1)):
+                if high and wide and many and more:
+                    yield many * more, high, wide, chunk
 
 
 def flops(rows: int, length: int, dim: int, chunk_size: int) -> int:
     """Return the FLOPs (2 a multiply-add) of the forward pass's matrix products."""
     total = 0
-    for rows_, part, chunk in pieces(rows, length, dim, chunk_size):
-        chunks = (part.stop - part.start) // chunk
+    for number, count, tokens, chunk in _kinds(rows, length, dim, chunk_size):
+        chunks = tokens // chunk
         inside, between = chunks * chunk * chunk * dim, (chunks + 1) ** 2 * (dim + 1)
-        total += 2 * (rows_.stop - rows_.start) * (inside + between)
+        total += 2 * number * count * (inside + between)
     return total
 
 
 def working_numbers(rows: int, length: int, dim: int, chunk_size: int) -> int:
     """Return the numbers alive at most inside the forward pass, output included."""
     most = 0
-    for rows_, part, chunk in pieces(rows, length, dim, chunk_size):
-        count, tokens = rows_.stop - rows_.start, part.stop - part.start
+    for _, count, tokens, chunk in _kinds(rows, length, dim, chunk_size):
         chunks = tokens // chunk
         own = 0 if count == 1 or tokens == length else tokens * dim
         between = 2 * (chunks + 1) ** 2 + 2 * (chunks + 1) * dim
