@@ -24,6 +24,7 @@ __all__ = ["block_pairs", "block_rows", "urpe_blocked"]
 
 _NUMBERS = 1 << 19  # scores of a block
 _LEAST_ROWS, _MOST_ROWS = 32, 128
+_FEW_PAIRS = 8
 
 
 def block_rows(keys: int) -> int:
@@ -197,22 +198,35 @@ def _matrix_part(factor: Tensor, block: _Block) -> Tensor:
     return matrix[examples, heads, block.rows, : block.keys]
 
 
+def _pairs(block: _Block) -> int:
+    """Return how many pairs of example and head a block holds."""
+    return (block.examples.stop - block.examples.start) * (block.heads.stop - block.heads.start)
+
+
 def _largest(blocks: list[_Block], *, extra: bool = False) -> int:
     """Return the numbers of the largest block, with r zeros behind each row if ``extra``."""
     sizes = (
-        (r := k.rows.stop - k.rows.start)
-        * (k.examples.stop - k.examples.start)
-        * (k.heads.stop - k.heads.start)
-        * (k.keys + (r if extra else 0))
+        _pairs(k) * (r := k.rows.stop - k.rows.start) * (k.keys + (r if extra else 0))
         for k in blocks
     )
     return max(sizes, default=0)
 
 
 def block_pairs(batch: int, heads: int, length: int, *, is_causal: bool) -> tuple[int, int]:
-    """Return how many query-key pairs all blocks of a self-attention hold, and the largest one."""
-    blocks = list(_blocks(batch, heads, length, length, is_causal, 0))
-    return sum(_largest([block]) for block in blocks), _largest(blocks)
+    """Return how many query-key pairs all blocks of a self-attention hold, and the largest one.
+
+    In closed form: lengths that no memory holds can be asked for.
+    """
+    if length == 0:
+        return 0, 0
+    rows = min(block_rows(length), length)
+    whole, rest = divmod(length, rows)
+    inner = max(1, _NUMBERS // (rows * length))
+    together = max(1, min(batch, inner // heads)) * min(heads, inner)
+    if not is_causal:
+        return batch * heads * length * length, together * rows * length
+    pairs = rows * rows * whole * (whole + 1) // 2 + rest * length
+    return batch * heads * pairs, together * max(rows * rows * whole, rest * length)
 
 
 @torch.library.custom_op("manyheads::urpe_blocked", mutates_args=())
@@ -283,7 +297,7 @@ def _backward_op(
         delta = (grad_out * out).sum(-1, keepdim=True)
         skewed = db.ndim == 2 or dc.ndim == 2
         scratch = query.new_empty(_largest(blocks))
-        store = _Skewed(query.new_empty(_largest(blocks, extra=skewed)), skewed)
+        store = _Skewed(query, blocks, skewed)
         for block in blocks:
             a = p.weights(block, scratch)
             do = p.rows(grad_out, block)
@@ -331,34 +345,43 @@ def _(query, key, value, bias, multiplier, mask, seed, out, grad_out, *rest):  #
 class _Skewed:
     """Scratch memory of a block whose diagonals can be read as columns."""
 
-    def __init__(self, memory: Tensor, skewed: bool) -> None:
-        self.memory, self.skewed = memory, skewed
+    def __init__(self, like: Tensor, blocks: list[_Block], skewed: bool) -> None:
+        self.skewed = skewed
+        self.memory = like.new_empty(_largest(blocks, extra=skewed))
+        # A product of many small matrices is slow into rows with room between them: it goes to
+        # memory of its own, and is copied for the sums.
+        pairs = max((_pairs(block) for block in blocks), default=0)
+        self.plain = like.new_empty(_largest(blocks)) if skewed and pairs > _FEW_PAIRS else None
         self.shape: torch.Size | None = None
 
     def block(self, shape: torch.Size) -> Tensor:
         """Return room for (b, h, r, m) with unit stride along m."""
-        b, h, r, m = shape
-        room = m + r if self.skewed else m
-        whole = self.memory[: b * h * r * room].view(b, h, r, room)
-        if self.skewed and shape != self.shape:
-            whole[..., m:] = 0  # stays 0: nothing but [..., :m] is ever written
-        self.shape = shape
-        return whole[..., :m]
+        if self.plain is not None:
+            return self.plain[: shape.numel()].view(shape)
+        return self._rows(shape) if self.skewed else self.memory[: shape.numel()].view(shape)
 
-    def diagonal_sums(self) -> Tensor:
-        """Return sums over row + column of what the block holds: (b, h, r + m − 1)."""
-        assert self.shape is not None
-        b, h, r, m = self.shape
-        width = m + r - 1
-        size = r * (m + r)
+    def diagonal_sums(self, x: Tensor) -> Tensor:
+        """Return sums over row + column of what :meth:`block` holds: (b, h, r + m − 1)."""
+        if self.plain is not None:
+            self._rows(x.shape).copy_(x)
+        b, h, r, m = x.shape
+        size, width = r * (m + r), m + r - 1
         view = self.memory.as_strided((b, h, r, width), (h * size, size, width, 1))
         return view.sum(2)
+
+    def _rows(self, shape: torch.Size) -> Tensor:
+        b, h, r, m = shape
+        whole = self.memory[: b * h * r * (m + r)].view(b, h, r, m + r)
+        if shape != self.shape:
+            whole[..., m:] = 0  # stays 0: nothing but [..., :m] is ever written
+            self.shape = shape
+        return whole[..., :m]
 
 
 def _add_to_factor(grad: Tensor, x: Tensor, store: _Skewed, block: _Block, p: _Problem) -> None:
     """Add a block's gradient (b, h, r, m) to that of the table or matrix it came from."""
     if grad.ndim == 2:
-        sums = store.diagonal_sums().sum(0)
+        sums = store.diagonal_sums(x).sum(0)
         start = p.start(grad, block)
         part = grad if grad.shape[0] == 1 else grad[block.heads]
         part[:, start : start + sums.shape[1]] += sums if len(part) > 1 else sums.sum(0)
