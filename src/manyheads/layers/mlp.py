@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from manyheads.layers.activations import activation
 
-__all__ = ["GatedMLP", "swiglu_width"]
+__all__ = ["MLP", "GatedMLP", "swiglu_width"]
 
 
 def swiglu_width(dim: int, *, ratio: float = 4, multiple: int = 256) -> int:
@@ -31,3 +31,19 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x))), with biases and dropout after either."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, activation_name: str = "gelu", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.act = activation(activation_name)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))

@@ -31,6 +31,8 @@ __all__ = [
 # Files that register variants when imported.
 _FILES = (
     "manyheads.models.language.aaren",
+    "manyheads.models.language.flowformer",
+    "manyheads.models.language.flowformer_classifier",
     "manyheads.models.language.gla",
     "manyheads.models.language.mixer_encoder",
     "manyheads.models.language.mixer_lm",
@@ -38,6 +40,7 @@ _FILES = (
     "manyheads.models.language.transnormer_encoder",
     "manyheads.models.language.transnormer_lra",
     "manyheads.models.language.urpe",
+    "manyheads.models.vision.flowformer",
 )
 
 
