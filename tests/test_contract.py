@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compare import assert_close, relative_error
+from manyheads.choose.flops import count_flops
+from manyheads.choose.memory import peak_memory
 from manyheads.layers.state import clone_state, reorder_state, state_tensors
 from manyheads.registry import Mechanism, Shape, get_mechanism, list_mechanisms
 
@@ -191,6 +193,38 @@ def test_any_split_gives_the_same_outputs(name, data) -> None:
     if m.constant_state:
         for a, b in zip(state_tensors(state), state_tensors(whole), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def stated(m: Mechanism, causal: bool, length: int):
+    shape = Shape(batch=2, heads=HEADS, length=length, head_dim=DIM, is_causal=causal)
+    inputs = m.inputs(shape, torch.Generator().manual_seed(0))
+    return shape, lambda: call(m, inputs, causal)
+
+
+@pytest.mark.parametrize(("name", "causal"), MODES)
+@pytest.mark.parametrize("length", [256, 300])
+def test_the_counter_finds_the_stated_flops(name, causal, length) -> None:
+    m = get_mechanism(name)
+    shape, run = stated(m, causal, length)
+    counted = count_flops(run)
+    assert counted.total == m.flops(shape)
+    assert m.bytes_moved(shape) >= 4 * 2 * HEADS * length * DIM
+
+
+@pytest.mark.parametrize(("name", "causal"), MODES)
+def test_memory_is_as_stated_and_not_quadratic(name, causal) -> None:
+    """Nothing of the size of N x N a head is made, forward or backward."""
+    m = get_mechanism(name)
+    shape, run = stated(m, causal, 2048)
+    with torch.no_grad():
+        peak = peak_memory(run)
+    assert peak.peak_bytes <= 2.5 * 4 * m.memory_numbers(shape)
+    assert peak.largest_tensor_bytes < 4 * 2048 * 2048
+    inputs = {
+        k: t.requires_grad_() if t.is_floating_point() else t for k, t in m.inputs(shape).items()
+    }
+    trained = peak_memory(lambda: call(m, inputs, causal).sum().backward())
+    assert trained.largest_tensor_bytes < 4 * 2048 * 2048
 
 
 @pytest.mark.parametrize("name", STREAMING)

@@ -22,6 +22,7 @@ from manyheads.attention.gla.definition import (
     gla_step,
     gla_weights,
 )
+from manyheads.attention.gla.fast import SEGMENT_NUMBERS
 from manyheads.attention.gla.module import GatedLinearAttention, GLAConfig
 from manyheads.attention.gla.op import gla, gla_update
 from manyheads.registry import Mechanism, Shape, register_mechanism
@@ -58,6 +59,17 @@ def _flops(s: Shape) -> int:
     return s.batch * s.heads * chunks * chunk
 
 
+def _memory(s: Shape) -> int:
+    """Outputs, one memory a chunk, and the temporaries of a segment."""
+    rows, chunks = s.batch * s.heads, -(-s.length // _CHUNK)
+    segment = min(chunks * _CHUNK, max(_CHUNK, SEGMENT_NUMBERS // (rows * s.head_dim)))
+    temporaries = 4 * s.head_dim + _CHUNK + -(-s.head_dim * s.dv // _CHUNK)
+    if s.length % _CHUNK:
+        temporaries += 3 * s.head_dim + s.dv
+    kept = s.length * s.dv + chunks * s.head_dim * s.dv
+    return rows * (kept + segment * temporaries)
+
+
 register_mechanism(
     Mechanism(
         name="gla",
@@ -78,9 +90,7 @@ register_mechanism(
         flops=_flops,
         bytes_moved=lambda s: 4 * s.batch * s.heads * s.length * (3 * s.head_dim + 2 * s.dv),
         state_numbers=lambda s: s.batch * s.heads * s.head_dim * s.dv,
-        memory_numbers=lambda s: (
-            s.batch * s.heads * (s.length * s.dv + -(-s.length // _CHUNK) * s.head_dim * s.dv)
-        ),
+        memory_numbers=_memory,
         inputs=_inputs,
         notes=("slower than softmax on short sequences (below about 1,000 tokens)",),
     )

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gla_chunked"]
+__all__ = ["SEGMENT_NUMBERS", "gla_chunked"]
 
 _SAFE = 30.0  # exp(30) leaves float32 its full precision on either side
 _SUBCHUNK = 16
-_SEGMENT_NUMBERS = 1 << 18  # numbers in one (B, H, segment, D) temporary: 1 MiB in float32
+SEGMENT_NUMBERS = 1 << 18  # numbers in one (B, H, segment, D) temporary: 1 MiB in float32
 
 
 def gla_chunked(
@@ -161,7 +161,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _segments(rows: int, length: int, dim: int, chunk_size: int) -> list[tuple[int, int]]:
-    chunks = max(1, _SEGMENT_NUMBERS // (rows * dim * chunk_size))
+    chunks = max(1, SEGMENT_NUMBERS // (rows * dim * chunk_size))
     size = chunks * chunk_size
     return [(a, min(a + size, length)) for a in range(0, length, size)]
 
@@ -253,5 +253,5 @@ def _strong_scores_backward(q: Tensor, k: Tensor, b: Tensor, grad: Tensor) -> tu
 
 def _parts(q: Tensor) -> list[slice]:
     """Bound the pairwise tensors (m, c, c, D) of strong chunks."""
-    step = max(1, 4 * _SEGMENT_NUMBERS // (_SUBCHUNK * _SUBCHUNK * q.shape[-1]))
+    step = max(1, 4 * SEGMENT_NUMBERS // (_SUBCHUNK * _SUBCHUNK * q.shape[-1]))
     return [slice(a, a + step) for a in range(0, q.shape[0], step)]
