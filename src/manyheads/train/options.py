@@ -1,0 +1,414 @@
+"""The flags of the recipes. Importing this file imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shlex
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from manyheads.config import Config
+
+__all__ = [
+    "ClassifyOptions",
+    "GenerateOptions",
+    "LMOptions",
+    "MixerOptions",
+    "RecallOptions",
+    "TrainOptions",
+    "URPETaskOptions",
+]
+
+# What may differ between the parts of one run: where it computes and what it shows, not what.
+FREE = frozenset(
+    (
+        "out", "resume", "restart", "save_every", "tensorboard", "devices", "num_nodes",
+        "accelerator", "accumulate", "threads", "progress",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions(Config):
+    """What every recipe takes.
+
+    Attributes:
+        preset: sizes of what is not given: small takes minutes on two cores, smoke 20 seconds.
+        out: folder of the run (default: runs/ and a name made from the options). The same command
+          continues what it finds there.
+        resume: continue the run in this folder with the options stored there.
+        restart: delete the run in the folder and begin anew.
+        steps: optimiser steps.
+        batch_size: sequences of one optimiser step, over all processes and accumulated parts.
+        accumulate: parts that the batch is computed in, one after the other; saves memory.
+        learning_rate: at its peak.
+        warmup: steps of linear warm-up (default: a twentieth of the steps).
+        lr_floor: share of the peak that the cosine ends at.
+        weight_decay: of AdamW, on the matrices of linear and convolution layers alone.
+        clip: largest norm of the gradient; 0 does not clip.
+        precision: bf16-mixed computes matrix products in bfloat16, weights stay float32.
+        eval_every: steps between evaluations.
+        save_every: steps between checkpoints (default: at every evaluation).
+        log_every: steps that a row of metrics.csv is a mean of.
+        tensorboard: also write TensorBoard events into the run's folder.
+        seed: of weights, data order and dropout.
+        devices: processes on this machine, each with one device or its share of the cores.
+        num_nodes: machines; start the command on each with torchrun.
+        accelerator: what to compute on.
+        threads: threads of each process (default: torch's own).
+        progress: show progress on the terminal.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"smoke": {}}
+    recipe: ClassVar[str] = ""
+
+    preset: str = field(default="small", metadata={"choices": ("small", "smoke")})
+    out: str | None = None
+    resume: str | None = None
+    restart: bool = False
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    warmup: int | None = None
+    lr_floor: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    precision: str = field(default="32-true", metadata={"choices": ("32-true", "bf16-mixed")})
+    eval_every: int = 100
+    save_every: int | None = None
+    log_every: int = 10
+    tensorboard: bool = False
+    seed: int = 0
+    devices: int = 1
+    num_nodes: int = 1
+    accelerator: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda", "mps")})
+    threads: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, choices in _choices(type(self)).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is none of {', '.join(map(str, choices))}"
+                )
+        for name, least in self._least().items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}: give {least} or more")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: give more than 0")
+        if not 0 <= self.lr_floor <= 1:
+            raise ValueError(f"lr_floor is {self.lr_floor}: give a share from 0 to 1")
+
+    def _least(self) -> dict[str, float]:
+        ones = ("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every")
+        least: dict[str, float] = dict.fromkeys((*ones, "devices", "num_nodes", "threads"), 1)
+        return least | dict.fromkeys(("warmup", "weight_decay", "clip", "seed"), 0)
+
+    @classmethod
+    def of_preset(cls, preset: str, **values: Any) -> Self:
+        """Return the options of a preset with other values for the fields named."""
+        return cls.from_dict({"preset": preset} | cls.presets.get(preset, {}) | values)
+
+    def resolved(self) -> Self:
+        """Return a copy with what follows from other options filled in: warmup and folder.
+
+        Raises:
+            ValueError: values that do not fit each other.
+        """
+        done = self if self.warmup is not None else self.replace(warmup=self.steps // 20)
+        if (done.warmup or 0) > done.steps:
+            raise ValueError(
+                f"warmup {done.warmup} is longer than the run of {done.steps} steps: give less"
+            )
+        return done if done.out else done.replace(out=done.default_folder())
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two commands the same run: all but where and how it is computed."""
+        return {k: v for k, v in self.to_dict().items() if k not in FREE | {"preset"}}
+
+    def default_folder(self) -> str:
+        """Return runs/ and a name that tells runs of different options apart."""
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        words = "-".join(str(w) for w in (self.recipe, *self._title()) if w)
+        return f"runs/{re.sub('[^A-Za-z0-9.]+', '-', words).strip('-')}-{digest[:6]}"
+
+    def _title(self) -> tuple[str | None, ...]:
+        return ()
+
+    def command(self) -> str:
+        """Return the command line of these options, without the folder."""
+        words = ["manyheads", "train", self.recipe]
+        usual = self.presets.get(self.preset, {})
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value == usual.get(f.name, f.default) or f.name in ("out", "resume", "restart"):
+                continue
+            flag = f.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", str(value)]
+        return shlex.join(words)
+
+
+def _choices(options: type[Config]) -> dict[str, tuple[Any, ...]]:
+    fields = dataclasses.fields(options)
+    return {f.name: f.metadata["choices"] for f in fields if "choices" in f.metadata}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixerOptions(TrainOptions):
+    """What the recipes on a model of any mechanisms take.
+
+    Attributes:
+        mixers: mechanisms by layer, such as 'gla*3,softmax'.
+        num_layers: repeat the pattern to this number of layers (default: once).
+        embed_dim: width of the model.
+        num_heads: heads of every layer.
+        mlp_ratio: hidden width of the MLP, in widths of the model.
+        mixer_options: options of single mechanisms as JSON, such as '{"gla": {"conv_size": 4}}'.
+        dropout: on both branches of every block.
+    """
+
+    mixers: str = "gla*3,softmax"
+    num_layers: int | None = None
+    embed_dim: int = 128
+    num_heads: int = 4
+    mlp_ratio: float = 4.0
+    mixer_options: str = "{}"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        TrainOptions.__post_init__(self)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: give a share from 0 to below 1")
+        self.read_mixer_options()
+
+    def _least(self) -> dict[str, float]:
+        sizes = dict.fromkeys(("num_layers", "embed_dim", "num_heads"), 1.0)
+        return TrainOptions._least(self) | sizes
+
+    def _title(self) -> tuple[str | None, ...]:
+        return (self.mixers,)
+
+    def read_mixer_options(self) -> dict[str, dict[str, Any]]:
+        """Return ``mixer_options`` as a mapping from mechanism names.
+
+        Raises:
+            ValueError: no JSON object of objects.
+        """
+        try:
+            read = json.loads(self.mixer_options)
+        except ValueError as error:
+            raise ValueError(f"mixer_options {self.mixer_options!r} is no JSON: {error}") from None
+        if not isinstance(read, dict) or not all(isinstance(v, dict) for v in read.values()):
+            raise ValueError(
+                f"mixer_options {self.mixer_options!r} must map mechanisms to options: "
+                """'{"gla": {"conv_size": 4}}'"""
+            )
+        return read
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LMOptions(MixerOptions):
+    """Train a language model of any mechanisms on text.
+
+    Attributes:
+        data: a text file, a folder of them, builtin:python (the standard library's sources) or
+          builtin:kjv (the King James Bible).
+        max_bytes: read at most this much of the text.
+        valid_fraction: share of the text, from its end, that is held out to measure on.
+        eval_tokens: held-out tokens read at evaluations on the way; the last one reads all.
+        tokenizer: byte, or bpe: byte pairs learnt on the training text.
+        vocab_size: tokens of the bpe vocabulary.
+        tie_embeddings: use the embedding as output matrix.
+        length: tokens a sequence.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "steps": 120, "batch_size": 8, "learning_rate": 5e-3, "eval_every": 40,
+            "mixers": "gla,softmax", "embed_dim": 64, "num_heads": 4, "length": 128,
+            "eval_tokens": 1 << 14, "max_bytes": 400_000,
+        },
+    }  # fmt: skip
+    recipe: ClassVar[str] = "lm"
+
+    data: str = "builtin:python"
+    max_bytes: int | None = None
+    valid_fraction: float = 0.1
+    eval_tokens: int = 1 << 16
+    tokenizer: str = field(default="byte", metadata={"choices": ("byte", "bpe")})
+    vocab_size: int = 4096
+    tie_embeddings: bool = True
+    length: int = 512
+
+    def _least(self) -> dict[str, float]:
+        return MixerOptions._least(self) | {"length": 1, "eval_tokens": 2, "max_bytes": 1}
+
+    def _title(self) -> tuple[str | None, ...]:
+        return (self.mixers, self.data.rstrip("/").split("/")[-1].split(":")[-1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifyOptions(MixerOptions):
+    """Train a classifier of time series; ragged ones are read at their own length.
+
+    Attributes:
+        data: a set that ships with aeon (basic_motions, japanese_vowels, ...), a folder with
+          NAME_TRAIN.ts and NAME_TEST.ts, or a .csv or .npz file (docs/train.md says which).
+        valid_fraction: share of each class of the training series that is held out to choose
+          the best weights by; 0 trains on all of them and keeps the last weights.
+        pool: which of the sequence's features are classified.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "steps": 80, "batch_size": 16, "learning_rate": 2e-3, "eval_every": 20,
+            "mixers": "softmax*2", "embed_dim": 32, "num_heads": 2,
+        },
+    }  # fmt: skip
+    recipe: ClassVar[str] = "classify"
+
+    steps: int = 600
+    learning_rate: float = 1e-3
+    mixers: str = "softmax*2"
+    embed_dim: int = 64
+    data: str = "japanese_vowels"
+    valid_fraction: float = 0.0
+    pool: str = field(default="mean", metadata={"choices": ("mean", "first", "last")})
+
+    def __post_init__(self) -> None:
+        MixerOptions.__post_init__(self)
+        if not 0 <= self.valid_fraction < 1:
+            raise ValueError(
+                f"valid_fraction is {self.valid_fraction}: give a share from 0 to below 1"
+            )
+
+    def _title(self) -> tuple[str | None, ...]:
+        return (self.mixers, self.data.rstrip("/").split("/")[-1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallOptions(MixerOptions):
+    """Train a small model to name the value that stood beside a key.
+
+    Attributes:
+        vocab_size: ids of the task, half of them keys and half values.
+        length: tokens a sequence.
+        pairs: pairs of key and value to keep in mind; four times as many must fit the length.
+        power: exponent of the distances of the queries; 1 spreads them evenly.
+        eval_samples: held-out sequences that accuracy is measured on.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "steps": 200, "batch_size": 32, "learning_rate": 5e-3, "eval_every": 50,
+            "mixers": "gla*2", "embed_dim": 32, "num_heads": 2, "vocab_size": 32, "length": 24,
+            "pairs": 2, "eval_samples": 200,
+        },
+    }  # fmt: skip
+    recipe: ClassVar[str] = "recall"
+
+    steps: int = 3000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    eval_every: int = 250
+    mixers: str = "gla*2"
+    embed_dim: int = 64
+    num_heads: int = 2
+    vocab_size: int = 256
+    length: int = 64
+    pairs: int = 8
+    power: float = 0.01
+    eval_samples: int = 1000
+
+    def _least(self) -> dict[str, float]:
+        return MixerOptions._least(self) | {"length": 1, "pairs": 1, "eval_samples": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class URPETaskOptions(TrainOptions):
+    """Train the URPE encoder on what a relative bias alone cannot do.
+
+    Attributes:
+        task: pi, position identification: every place names itself; etp, even token prediction:
+          the first half names the 2nd, 4th, ... token.
+        multiplier: the elementwise multiplier that makes URPE of a relative bias; without it
+          the model is the paper's baseline.
+        words: ids that tokens are drawn from, and a few more.
+        length: tokens a sequence.
+        num_layers, embed_dim, num_heads, mlp_dim: sizes of the encoder.
+        eval_samples: held-out sequences that accuracy is measured on.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "steps": 250, "batch_size": 16, "learning_rate": 2e-3, "eval_every": 50,
+            "words": 50, "length": 16, "num_layers": 2, "embed_dim": 32, "num_heads": 4,
+            "mlp_dim": 128, "eval_samples": 200,
+        },
+    }  # fmt: skip
+    recipe: ClassVar[str] = "urpe-tasks"
+
+    steps: int = 1500
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    task: str = field(default="pi", metadata={"choices": ("pi", "etp")})
+    multiplier: bool = True
+    words: int = 100
+    length: int = 32
+    num_layers: int = 2
+    embed_dim: int = 64
+    num_heads: int = 4
+    mlp_dim: int = 256
+    eval_samples: int = 500
+
+    def _least(self) -> dict[str, float]:
+        ones = ("length", "num_layers", "embed_dim", "num_heads", "mlp_dim", "eval_samples")
+        return TrainOptions._least(self) | dict.fromkeys(ones, 1.0)
+
+    def _title(self) -> tuple[str | None, ...]:
+        return (self.task, None if self.multiplier else "bias-only")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateOptions(Config):
+    """Continue a prompt with a language model, token by token as they come.
+
+    Attributes:
+        run: folder of a run of ``train lm``.
+        prompt: text to continue; - reads it from the standard input.
+        max_new_tokens: stop after this many; 0 goes on until Ctrl-C.
+        temperature: 0 takes the likeliest token, 1 draws as the model says.
+        top_k: draw among the k likeliest.
+        top_p: draw among the likeliest that make up this probability.
+        stop: end before this text appears; give it several times for several texts. Backslash
+          escapes (\\n, \\t) are read.
+        seed: of the draws.
+        echo: print the prompt as well.
+        threads: threads to compute with (default: torch's own).
+    """
+
+    run: str = field(metadata={"positional": True})
+    prompt: str
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = field(default=(), metadata={"whole": True})
+    seed: int = 0
+    echo: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give 0 (endless) or more")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}: give 1 or more")

@@ -1,0 +1,43 @@
+"""What two runs must have in common to be equal."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+
+from manyheads.train.checkpoint import read_checkpoint
+
+TIMES = {"seconds", "tokens_per_s", "series_per_s"}
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without the times."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """The figures of results.json without the times."""
+    read = json.loads((folder / "results.json").read_text())["figures"]
+    return {k: v for k, v in read.items() if k not in TIMES}
+
+
+def assert_equal_to_the_bit(a: Path, b: Path) -> None:
+    (tensors_a, at_a), (tensors_b, at_b) = (
+        read_checkpoint(folder / "checkpoint.safetensors") for folder in (a, b)
+    )
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, tensor in tensors_a.items():
+        assert torch.equal(tensor, tensors_b[name]), name
+    assert {k: v for k, v in at_a.items() if k != "seconds"} == {
+        k: v for k, v in at_b.items() if k != "seconds"
+    }
+    assert metrics(a) == metrics(b)
+    assert figures(a) == figures(b)
+    files = [sorted(p.name for p in folder.iterdir()) for folder in (a, b)]
+    assert files[0] == files[1]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (a, b)]
+    assert weights[0] == weights[1]
