@@ -62,7 +62,8 @@ def _flops(s: Shape) -> int:
 
 def _memory_numbers(s: Shape) -> int:
     _, block = block_pairs(s.batch, s.heads, s.length, is_causal=s.is_causal)
-    return block + s.batch * s.heads * s.length * s.dv
+    rows = block // max(s.length, 1)
+    return block + 3 * rows * s.head_dim + s.batch * s.heads * s.length * s.dv
 
 
 register_mechanism(
