@@ -32,7 +32,7 @@ def seconds(text: str) -> float:
     Raises:
         ValueError: not a duration, or not above zero.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*(s|m|min|h|)\s*", text)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(s|m|min|h|)\s*", text)
     if not match:
         raise ValueError(f"{text!r} is no duration: write 90s, 5m or 1h")
     value = float(match.group(1)) * _UNITS[match.group(2)]

@@ -165,8 +165,8 @@ def filled_state(
     if update is None:
         raise ValueError(f"{mechanism.name} has no update")
     length = _FILL if mechanism.constant_state else shape.length
-    inputs = draw_inputs(mechanism, replace(shape, length=length + 1), dtype=dtype, seed=seed)
-    moving = {k for k, t in inputs.items() if t.ndim == 4 and t.shape[2] == length + 1}
+    inputs = draw_inputs(mechanism, replace(shape, length=length + 2), dtype=dtype, seed=seed)
+    moving = {k for k, t in inputs.items() if t.ndim == 4 and t.shape[2] == length + 2}
 
     def after(count: int) -> Any:
         block = {k: t[:, :, :count] if k in moving else t for k, t in inputs.items()}

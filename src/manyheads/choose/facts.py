@@ -77,13 +77,13 @@ def facts(name: str) -> dict[str, Any]:
 def _table(found: list[dict[str, Any]]) -> str:
     from manyheads.choose.table import text_table
 
-    header = ("name", "direction", "decodes with", "positions", "exact", "cost of a pass", "paper")
+    header = ("name", "direction", "state", "positions", "exact", "cost of a pass", "paper")
     rows = [
         (
             f["name"],
             _direction(f),
             _state(f),
-            "own" if f["positional"] else "from outside",
+            "own" if f["positional"] else "outside",
             "yes" if f["exact"] else "no",
             f["cost"],
             f["paper"] or "-",
@@ -100,33 +100,36 @@ def _table(found: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "exact: softmax attention itself, not another function; numbers: per head of 64 after",
-        "4,096 tokens. One in full: manyheads list NAME. On your machine: manyheads choose.",
+        "direction: both = bidirectional, a token sees all; cross = queries and keys that differ.",
+        "state: numbers for decoding, per head of 64 after 4,096 tokens. positions: outside = the",
+        "model must add them. exact: softmax attention itself, not another function.",
+        "One in full: manyheads list NAME. Measured on this machine: manyheads choose.",
     ]
     return "\n".join(lines)
 
 
 def _direction(f: dict[str, Any]) -> str:
-    uses = [use for use in ("causal", "bidirectional", "cross") if f[use]]
-    return ", ".join(uses)
+    words = {"causal": "causal", "bidirectional": "both", "cross": "cross"}
+    return ", ".join(word for use, word in words.items() if f[use])
 
 
 def _state(f: dict[str, Any]) -> str:
     if not f["decodes"]:
         return "-"
-    kind = "constant" if f["constant_state"] else "growing"
-    return f"{kind}, {f['state_numbers']:,} numbers"
+    kind = "constant" if f["constant_state"] else "grows"
+    return f"{kind}, {f['state_numbers']:,}"
 
 
 def _card(f: dict[str, Any]) -> str:
     from manyheads.choose.units import show_count
 
+    state = f"with a state: {_state(f)} numbers a head" if f["decodes"] else "no"
     lines = [
         f"{f['name']}: {f['summary']}",
         "",
         f"direction    {_direction(f)}",
-        f"decodes      {'with a state: ' + _state(f) if f['decodes'] else 'no'}",
-        f"positions    {'its own' if f['positional'] else 'from outside'}",
+        f"decodes      {state}",
+        f"positions    {'its own' if f['positional'] else 'the model must add them'}",
         f"exact        {'softmax attention' if f['exact'] else 'no: a layer needs training'}",
         f"tokens lie   on a {f['geometry']}",
         f"a pass       {f['cost']}; {show_count(f['flops'])}FLOP a head of 64 at 4,096 tokens",

@@ -7,12 +7,13 @@ turns (see `timing.interleaved`).
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 from manyheads.choose.cost import Subject, TensorPool
-from manyheads.choose.machine import available_memory
+from manyheads.choose.machine import available_memory, matmul_rate
 from manyheads.choose.predict import (
     can_hold,
     need_bytes,
@@ -46,10 +47,22 @@ def measure_cost(results: Results, *, seconds: float, progress: Progress | None 
         KeyboardInterrupt: after the units that were complete are kept.
     """
     stage = _Stage(results, seconds, progress or (lambda share, text: None))
+    units = len(results.units)
+    # What is there already need not be looked at before every group of timings.
+    frozen = gc.get_freeze_count() == 0
+    gc.collect()
+    if frozen:
+        gc.freeze()
     try:
         for length in results.workload.ladder:
             stage.measure_at(length)
+        if len(results.units) > units:
+            # Once more: whatever slowed the machine down before may be over.
+            again = matmul_rate(results.workload.torch_dtype, seconds=0.25)
+            results.machine["matmul_flops"] = max(again, results.machine["matmul_flops"])
     finally:
+        if frozen:
+            gc.unfreeze()
         results.cost = cost_rows(results)
         results.summary = summaries(results)
         results.save()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
-from manyheads.registry import Mechanism, Shape
+from manyheads.registry import Mechanism, Shape, get_mechanism
 
 __all__ = [
     "can_hold",
@@ -36,7 +37,7 @@ _TRAIN_WORK = 3.5
 _UNKNOWN_PEAK = 4.0
 # What is left to the rest of the system.
 _RESERVE = 512 << 20
-_MARGIN = 1.25
+_MARGIN = 1.5
 
 
 def work(what: str, mechanism: Mechanism, shape: Shape) -> float:
@@ -97,8 +98,13 @@ def predict_seconds(
 
 def input_bytes(mechanism: Mechanism, shape: Shape, element_bytes: int = 4) -> int:
     """Return the bytes of the function's inputs, without making them."""
+    return _input_bytes(mechanism.name, shape, element_bytes)
+
+
+@lru_cache(maxsize=4096)
+def _input_bytes(name: str, shape: Shape, element_bytes: int) -> int:
     with torch.device("meta"):
-        inputs = mechanism.inputs(shape, None)
+        inputs = get_mechanism(name).inputs(shape, None)
     return sum(
         t.numel() * (element_bytes if t.is_floating_point() else t.element_size())
         for t in inputs.values()

@@ -16,7 +16,7 @@ from manyheads.choose.machine import (
     usable_cores,
 )
 from manyheads.choose.measure import measure_cost
-from manyheads.choose.predict import can_hold, largest_length, need_bytes
+from manyheads.choose.predict import can_hold, input_bytes, largest_length, need_bytes
 from manyheads.choose.report import Report
 from manyheads.choose.results import Progress, Results
 from manyheads.choose.units import show_bytes
@@ -30,7 +30,7 @@ __all__ = ["check_folder", "choose", "default_threads", "measure", "prepare"]
 # Share of the budget for the cost side where there is a quality side too, and of the progress.
 _COST_SHARE = 0.3
 _LEAST_TEXT = 4096
-_QUALITY_AT_LEAST = 0.5
+_LEAST_QUALITY = 0.2
 
 
 def choose(
@@ -61,11 +61,10 @@ def choose(
         >>> report = manyheads.choose(Workload(length=2048, budget=60))
         >>> report.best
     """
-    folder = None if out is None else check_folder(Path(out))
     with set_threads(workload.threads or default_threads()):
         results = prepare(workload)
-        if folder is not None:
-            results.keep_in(folder, fresh=fresh)
+        if out is not None:
+            results.keep_in(check_folder(Path(out)), fresh=fresh)
         measure(results, progress=progress)
     return Report(results)
 
@@ -105,7 +104,7 @@ def prepare(workload: Workload) -> Results:
     if source is not None:
         split_text(source, min_bytes=_LEAST_TEXT)
     workload, notes = _admitted(workload)
-    for length in workload.ladder:
+    for length in reversed(workload.ladder):
         _check_memory(workload, length)
     results = Results(workload, machine_facts(), source)
     results.notes = notes
@@ -135,10 +134,11 @@ def measure(results: Results, *, progress: Progress | None = None) -> None:
         if workload.has_quality:
             from manyheads.choose.quality import measure_quality
 
-            left = workload.budget - results.spent("cost/")
+            # Earlier sessions count; one that was interrupted late still gets to an end.
+            spent = sum(s["seconds"] for s in results.sessions) + time.perf_counter() - begin
             measure_quality(
                 results,
-                seconds=max(left, workload.budget * _QUALITY_AT_LEAST),
+                seconds=max(workload.budget - spent, workload.budget * _LEAST_QUALITY),
                 progress=lambda done, text: tell(share + (1 - share) * done, text),
             )
         results.answer = decide(results)
@@ -192,24 +192,31 @@ def _refusal(workload: Workload, name: str) -> str | None:
 
 def _check_memory(workload: Workload, length: int) -> None:
     available = available_memory()
-
-    def least(phase: str, at: int) -> int:
-        what = "forward" if phase == "prefill" else phase
-        shape = workload.shape(at)
-        return min(
-            need_bytes(what, get_mechanism(n), shape, None, workload.element_bytes)
-            for n in workload.mechanisms
-        )
-
     for phase in workload.does:
-        need = least(phase, length)
+        what = "forward" if phase == "prefill" else phase
+        need = _least_need(workload, what, length, available)
         if not can_hold(need, available):
-            most = largest_length(lambda n, p=phase: can_hold(least(p, n), available), length)  # type: ignore[misc]
+            most = largest_length(
+                lambda n, w=what: can_hold(_least_need(workload, w, n, available), available),  # type: ignore[misc]
+                length,
+            )
             raise ValueError(
                 f"length {length} needs at least {show_bytes(need)} of memory for phase {phase} "
                 f"with any mechanism, {show_bytes(available)} are available: the largest length "
                 f"that fits is {_round_down(most)}"
             )
+
+
+def _least_need(workload: Workload, what: str, length: int, available: int) -> int:
+    """Return what the least hungry mechanism needs; its inputs alone where they are too much."""
+    shape, size = workload.shape(length), workload.element_bytes
+    needs = []
+    for name in workload.mechanisms:
+        mechanism = get_mechanism(name)
+        inputs = 0 if what == "decode" else input_bytes(mechanism, shape, size)
+        fits = can_hold(inputs, available)
+        needs.append(need_bytes(what, mechanism, shape, None, size) if fits else inputs)
+    return min(needs)
 
 
 def _round_down(value: int) -> int:

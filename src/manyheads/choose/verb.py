@@ -38,9 +38,9 @@ def run(options: ChooseOptions) -> int:
     from manyheads.choose.workload import workload_from_options
 
     workload = workload_from_options(options)
-    folder = check_folder(Path(options.out))
     with set_threads(workload.threads or default_threads()):
         results = prepare(workload)
+        folder = check_folder(Path(options.out))
         resumed = results.keep_in(folder, fresh=options.fresh)
         _say(f"workload: {describe(results.workload)}")
         if not options.describes_workload:

@@ -73,9 +73,9 @@ def _streaming(*, quick: bool, seed: int) -> list[dict[str, Any]]:
     for name in names:
         mechanism = get_mechanism(name)
         for count in (10, many):
-            shape = bench_shape(count + 1, is_causal=True)
+            shape = bench_shape(count + 2, is_causal=True)
             inputs = draw_inputs(mechanism, shape, seed=seed)
-            moving = {k for k, t in inputs.items() if t.ndim == 4 and t.shape[2] == count + 1}
+            moving = {k for k, t in inputs.items() if t.ndim == 4 and t.shape[2] == count + 2}
             with torch.no_grad():
                 block = {k: t[:, :, :count] if k in moving else t for k, t in inputs.items()}
                 assert mechanism.update is not None
