@@ -44,6 +44,8 @@ def main() -> int:
 
 def choose_section() -> str:
     """The default run: recommendation, picture, table."""
+    if not (RESULTS / "choose" / "results.json").is_file():
+        return ""
     results = Results.load(RESULTS / "choose")
     answer = results.answer
     if answer is None or answer.best is None:
@@ -73,6 +75,8 @@ def choose_section() -> str:
 
 def bench_section() -> str:
     """The targets of the benchmark and what was measured."""
+    if not (RESULTS / "bench.json").is_file():
+        return "Not measured yet: `manyheads bench` writes results/bench.json.\n"
     record = read("bench.json")
     machine = record["machine"]
     rows = []
@@ -105,6 +109,8 @@ def claims_section() -> str:
             measured = f"{check['measured']:.4g}{unit}{bound}"
             marks = ["yes" if check[k] else "**no**" for k in ("direction", "size")]
             rows.append([record["paper"], check["what"], check["claimed"], measured, *marks])
+    if not rows:
+        return "Not measured yet: `manyheads claims` writes results/claims.\n"
     header = ["paper", "what", "claimed", "measured here", "direction", "size"]
     return "\n".join([*markdown(header, rows, left=6), ""])
 

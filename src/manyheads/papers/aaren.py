@@ -30,7 +30,7 @@ _HEADS, _DIM = 8, 64
 _FEW, _MANY = 1000, 4000  # tokens of a stream
 _EVERY = 80  # of its prefixes, how many are left out when recomputing is timed
 _TASK = RunningConfig(length=64)
-_STEPS, _BATCH, _RATE = 400, 32, 2e-3
+_STEPS, _BATCH, _RATE = 250, 32, 2e-3
 
 Progress = Callable[[str], None]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.norm.definition import NormState, norm_reference, norm_step
-from manyheads.attention.norm.fast import fused_norm_over_heads
+from manyheads.attention.norm.fast import fused_norm_over_heads, normed_product
 from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv, repeat_kv
 from manyheads.layers.linear import causal_linear
@@ -103,10 +103,8 @@ def norm(
         if implementation == "parallel":
             out = norm_reference(q, k, v, eps=eps, normalize=normalize)
         else:
-            heads, kv_heads = q.shape[1], k.shape[1]
-            grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
-            out = (grouped @ (k.mT @ v)[:, :, None]).flatten(1, 2)
-            out = fused_norm_over_heads(out, eps=eps) if normalize else out
+            memory = repeat_kv(k.mT @ v, q.shape[1])
+            out = normed_product(q, memory, eps=eps) if normalize else q @ memory
     return _finished(out, query, mask)
 
 

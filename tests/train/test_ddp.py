@@ -1,0 +1,78 @@
+"""Two processes over gloo are one process with the same batch, to rounding."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compare import relative_error
+from manyheads.cli import main
+from manyheads.models import load_model
+from manyheads.train.checkpoint import read_checkpoint
+from train.compare_runs import figures, metrics
+from train.conftest import tiny_flags
+
+FOUR = ("--batch-size", "4", "--learning-rate", "3e-3")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def assert_equal_to_rounding(a: Path, b: Path) -> None:
+    rows_a, rows_b = metrics(a), metrics(b)
+    # One writer: no row twice.
+    assert [r["step"] for r in rows_a] == [r["step"] for r in rows_b]
+    for row_a, row_b in zip(rows_a, rows_b, strict=True):
+        for name, value in row_a.items():
+            if value or row_b[name]:
+                # Loss, norm of the gradient, rate and held-out figure.
+                assert float(value) == pytest.approx(float(row_b[name]), rel=2e-5), name
+    for name, value in figures(a).items():
+        # The number of held-out bytes is equal: nothing counts twice, nothing is left out.
+        assert value == pytest.approx(figures(b)[name], rel=2e-5), name
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (a, b)]
+    assert names[0] == names[1]
+    states = [dict(load_model(folder).named_parameters()) for folder in (a, b)]
+    for name, parameter in states[0].items():
+        assert relative_error(parameter, states[1][name]) < 2e-3, name
+
+
+def command(text: Path, *words: str) -> list[str]:
+    return ["train", "lm", "--data", str(text), *tiny_flags(), *FOUR, *words]
+
+
+def test_two_processes_are_one(train_lm, text, tmp_path, capfd) -> None:
+    train_lm("--out", "one", *FOUR, "--accumulate", 2)
+    capfd.readouterr()
+    assert main(command(text, "--out", "two", "--devices", "2")) == 0
+    shown = capfd.readouterr()
+    assert shown.out.count("bits per byte") == 1
+    assert shown.err.count("step      3") == 1
+    assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
+    tensors, state = read_checkpoint(tmp_path / "two" / "checkpoint.safetensors")
+    assert state["processes"] == 2
+    assert len(tensors["rng.torch"]) == 2
+    assert not bool((tensors["rng.torch"][0] == tensors["rng.torch"][1]).all())
+
+
+def test_errors_of_the_writing_process_end_all(train_lm, text, tmp_path, capfd) -> None:
+    # Seen by the first process alone, once the processes run: the folder's lock is held.
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(command(text, "--out", "run", "--devices", "2")) == 2
+    assert "another process is training" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun(train_lm, text, tmp_path) -> None:
+    train_lm("--out", "one", *FOUR)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run += ["-m", "manyheads.cli", *command(text, "--out", "two")]
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout.count("bits per byte") == 1
+    assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
