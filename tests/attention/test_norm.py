@@ -147,6 +147,18 @@ def test_an_all_zero_row_gives_zero_and_the_slope_one_over_eps(is_causal, eps) -
     assert_close(grads[0][:, :, 5], memory.sum(-1) / eps, 1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e15])
+@pytest.mark.parametrize("eps", [1e-8, 3.0])
+def test_tiny_and_huge_values_keep_finite_gradients(size, eps) -> None:
+    q, k, v = (t.float() for t in draw())
+    for is_causal in (True, False):
+        leaves = [q.clone().requires_grad_(), k, (v * size).requires_grad_()]
+        out = norm(*leaves, is_causal=is_causal, eps=eps)
+        assert torch.isfinite(out).all()
+        for grad in torch.autograd.grad(out.square().sum(), (leaves[0], leaves[2])):
+            assert torch.isfinite(grad).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_long_sums_of_positive_features_do_not_overflow(dtype, is_causal) -> None:

@@ -62,12 +62,13 @@ def _flops(s: Shape) -> int:
 
 
 def _memory_numbers(s: Shape) -> int:
-    outputs = 2 * s.batch * s.heads * s.length * s.dv
+    output = s.batch * s.heads * s.length * s.dv
     if not s.is_causal:
-        return outputs + s.batch * s.hkv * s.head_dim * s.dv
+        memory = s.batch * s.heads * s.head_dim * s.dv
+        return output + memory + min(1 << 18, output)
     repeated = 0 if s.hkv == s.heads else s.length * (s.head_dim + s.dv)
     tile = min(1 << 18, s.batch * s.heads * s.length * max(s.head_dim, s.dv, _CHUNK))
-    return outputs + s.batch * s.heads * repeated + 3 * tile
+    return 2 * output + s.batch * s.heads * repeated + 3 * tile
 
 
 register_mechanism(

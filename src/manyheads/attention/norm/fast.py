@@ -128,7 +128,7 @@ def _normalise(x: Tensor, y: Tensor, rms: Tensor, eps: float) -> None:
 def _slope(grad: Tensor, y: Tensor, rms: Tensor, eps: float) -> Tensor:
     """Return the gradient of x from that of y."""
     count, size = y.shape[1] * y.shape[3], rms + eps
-    along = (grad * y).sum((1, 3), keepdim=True) * (size / (rms * count))
+    along = (grad * y).sum((1, 3), keepdim=True) / rms * (size / count)
     along = along.masked_fill(rms == 0, 0)
     return torch.addcmul(grad, y, along, value=-1).div_(size)
 
