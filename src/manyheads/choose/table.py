@@ -89,13 +89,29 @@ def describe(workload: Workload) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """Return the costs at the workload's length, one row a candidate, fastest first."""
-    header, rows, notes = cost_cells(results)
+    """Return the costs at the workload's length, one row a candidate, fastest first; what was
+    measured of quality stands in a table of its own below, so that both fit a terminal."""
+    header, rows, notes = cost_cells(results, quality=False)
     best = None if results.answer is None else results.answer.best
-    return text_table(header, rows, mark=best) + "\n" + _wrap(notes)
+    text = text_table(header, rows, mark=best) + "\n" + _wrap(notes)
+    if columns := _quality_columns(results.quality):
+        cells = [[row[0], *(column.get(row[0], "-") for _, column in columns)] for row in rows]
+        names = ["mixer", *(title for title, _ in columns)]
+        text += "\n\n" + text_table(names, cells, mark=best) + "\n" + _quality_note(results)
+    return text
 
 
-def cost_cells(results: Results) -> tuple[list[str], list[list[str]], str]:
+def _quality_note(results: Results) -> str:
+    counts = [r.parameters for r in results.quality]
+    least, most = show_count(min(counts)), show_count(max(counts))
+    size = least if least == most else f"{least} to {most}"
+    return _wrap(
+        f"small models of {size} parameters that differ in their mixers alone; bits per held-out "
+        "byte (less is better), accuracy of the probes (more is better)"
+    )
+
+
+def cost_cells(results: Results, *, quality: bool = True) -> tuple[list[str], list[list[str]], str]:
     """Return the header, the rows and the notes of the table of costs, as text cells."""
     w = results.workload
     rows = sorted(
@@ -109,9 +125,11 @@ def cost_cells(results: Results) -> tuple[list[str], list[list[str]], str]:
     if "decode" in w.does:
         columns.append(("a token", lambda r: _time(r, "decode")))
     if w.causal:
-        columns.append(("state", lambda r: _guess(r, "state_bytes", show_bytes)))
+        columns.append(("state", lambda r: _guess(r, "state_bytes")))
+        if (layers := w.model_layers) is not None:
+            columns.append((f"x {layers} layers", lambda r: _guess(r, "state_bytes", layers)))
     columns += [
-        ("peak memory", lambda r: _guess(r, "peak_bytes", show_bytes)),
+        ("peak memory", lambda r: _guess(r, "peak_bytes")),
         ("FLOPs", lambda r: show_count(r.flops)),
         ("rate", lambda r: "-" if r.share is None else f"{100 * r.share:.0f}%"),
         ("grows as", lambda r: _exponent(summary.get(r.mixer), w)),
@@ -119,7 +137,7 @@ def cost_cells(results: Results) -> tuple[list[str], list[list[str]], str]:
     ]
     columns += [
         (title, lambda r, cells=cells: cells.get(r.mixer, "-"))  # type: ignore[misc]
-        for title, cells in _quality_columns(results.quality)
+        for title, cells in (_quality_columns(results.quality) if quality else ())
     ]
     notes = [f"one layer without its projections at length {w.length:,}; state per layer"]
     if any(r.predicted for r in rows):
@@ -216,10 +234,11 @@ def _time(row: CostRow, what: str, *, spread: bool = True) -> str:
     return f"{text} ±{50 * (upper - lower) / seconds:.0f}%"
 
 
-def _guess(row: CostRow, field: str, show: object) -> str:
+def _guess(row: CostRow, field: str, times: int = 1) -> str:
     value = getattr(row, field)
-    text = show_bytes(value)
-    return f"~{text}" if field in row.predicted and value is not None else text
+    if value is None:
+        return "-"
+    return ("~" if field in row.predicted else "") + show_bytes(times * value)
 
 
 def _exponent(summary: Summary | None, workload: Workload) -> str:
@@ -243,9 +262,10 @@ def _crossing(summary: Summary | None) -> str:
 
 def _quality_columns(rows: list[QualityRow]) -> list[tuple[str, dict[str, str]]]:
     columns: dict[str, dict[str, str]] = {}
-    for row in rows:
+    # Text first, at equal seconds before equal tokens; then the probes as they came.
+    for row in sorted(rows, key=lambda r: (r.task != "text", r.regime != "seconds")):
         if row.task == "text":
-            title = {"seconds": "bits/byte, equal time", "tokens": "equal tokens"}[row.regime]
+            title = f"bits/byte, equal {'time' if row.regime == 'seconds' else row.regime}"
             text = "-" if row.value is None else f"{row.value:.3f}"
         else:
             title, text = row.task, "-" if row.value is None else f"{100 * row.value:.0f}%"

@@ -50,5 +50,6 @@ def _figures(value: float) -> str:
     """Three significant figures, without an exponent."""
     if value == 0:
         return "0"
-    digits = max(2 - math.floor(math.log10(abs(value)) + 1e-4), 0)
+    value = float(f"{value:.3g}")
+    digits = max(2 - math.floor(math.log10(abs(value))), 0)
     return f"{value:.{digits}f}"
