@@ -194,6 +194,7 @@ PAPER = Paper(
         "manyheads.models.language.transnormer_encoder.TransNormerEncoder",
         "manyheads.models.language.transnormer_lra.TransNormerLRA",
     ),
+    recipe="manyheads train lm --mixers diag*2,norm*2",
     claim=Claim(
         statement=(
             "A norm of the output in place of the denominator bounds the gradient of linear "

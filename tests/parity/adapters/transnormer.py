@@ -72,7 +72,12 @@ def attention(golden: Golden) -> dict[str, Tensor]:
 
 @adapter("transnormer", "lra_linear_t1_batch")
 def lra_attention(golden: Golden) -> dict[str, Tensor]:
-    return {"out.y": _attention(golden, "lra")(golden.inputs["x"])}
+    (x,) = golden.leaves("x")
+    y = _attention(golden, "lra")(x)
+    results = {"out.y": y}
+    if "grad_output" in golden.inputs:
+        (results["grad.x"],) = torch.autograd.grad((y * golden.inputs["grad_output"]).sum(), x)
+    return results
 
 
 def _sizes(golden: Golden, *dropped: str, **renamed: str) -> dict:
