@@ -83,6 +83,15 @@ def test_python_and_numpy_generators_with_a_gauss_in_store() -> None:
     assert drawn == expected
 
 
+def test_generators_out_of_a_row_of_several() -> None:
+    torch.manual_seed(1)
+    states = {k: torch.stack((v, v)) for k, v in rng_state(CPU).items()}
+    states["torch"][0] = 0
+    expected = torch.rand(3)
+    set_rng_state({k: v[1] for k, v in states.items()}, CPU)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     path = tmp_path / "checkpoint.safetensors"
     write_checkpoint(path, {"a": torch.ones(3)}, {"step": 1})

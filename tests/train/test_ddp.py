@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from compare import relative_error
 from manyheads.cli import main
 from manyheads.models import load_model
 from manyheads.train.checkpoint import read_checkpoint
-from train.compare_runs import figures, metrics
+from train.compare_runs import assert_equal_to_the_bit, figures, metrics
 from train.conftest import tiny_flags
 
 FOUR = ("--batch-size", "4", "--learning-rate", "3e-3")
@@ -73,6 +75,35 @@ def test_torchrun(train_lm, text, tmp_path) -> None:
     train_lm("--out", "one", *FOUR)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run += ["-m", "manyheads.cli", *command(text, "--out", "two")]
-    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits per byte") == 1
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_the_same_processes_go_on_to_the_bit(train_lm, text, tmp_path, capfd) -> None:
+    long = ("--steps", "150", "--eval-every", "75", "--save-every", "10", "--dropout", "0.1")
+    words = command(text, *long, "--devices", "2", "--out", "run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "manyheads.cli", *words],
+        env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 240
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    # As a terminal does, to every process of the group.
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, shown = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, shown
+    assert "Traceback" not in shown
+    assert "manyheads train lm --resume run" in shown
+    assert 10 <= read_checkpoint(checkpoint)[1]["step"] < 150
+    assert main(["train", "lm", "--resume", "run"]) == 0
+    assert main(command(text, *long, "--devices", "2", "--out", "whole")) == 0
+    assert_equal_to_the_bit(tmp_path / "whole", tmp_path / "run")

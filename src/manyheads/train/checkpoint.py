@@ -141,10 +141,11 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 def set_rng_state(states: dict[str, Tensor], device: torch.device) -> None:
     """Go on where :func:`rng_state` was taken."""
-    torch.set_rng_state(states["torch"].cpu())
+    # torch reads from the start of the storage, whatever part of it a view shows.
+    torch.set_rng_state(states["torch"].cpu().clone())
     *internal, has_gauss, gauss = states["python"].tolist()
     random.setstate((3, tuple(int(i) for i in internal), gauss if has_gauss else None))
     *keys, place, has_gauss, cached = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, np.uint32), int(place), int(has_gauss), cached))
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+        torch.cuda.set_rng_state(states["cuda"].cpu().clone(), device)
