@@ -19,6 +19,8 @@ from manyheads.registry import get_mechanism, list_mechanisms
 
 def test_quick_runs_everything(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(grid, "_QUICK_LENGTHS", (64, 96))
+    # It would hold for the rest of the tests.
+    monkeypatch.setattr(special, "keep_freed_memory", lambda: True)
     out = tmp_path / "folder" / "bench.json"
     assert main(["bench", "--quick", "--threads", "1", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
@@ -45,6 +47,16 @@ def test_quick_runs_everything(tmp_path, monkeypatch, capsys) -> None:
     assert os.getcwd() not in text
     assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
     assert "written: " in shown
+
+
+def test_memory_kept_is_judged_by_its_own_figures() -> None:
+    rows_ = [{"mechanism": "norm", "direction": "causal", "seconds": [1.0], "exponent": 0.9}]
+    made_up = {"memory_kept": {"kept": True, "lengths": [2048, 32768], "rows": rows_}}
+    found = verdicts([], made_up)["norm, causal: the same where the process keeps freed memory"]
+    assert (found["measured"], found["met"]) == (0.9, True)
+    made_up["memory_kept"]["lengths"] = [256, 512]
+    found = verdicts([], made_up)["norm, causal: the same where the process keeps freed memory"]
+    assert found["met"] is None
 
 
 def test_an_unwritable_file(tmp_path, capsys) -> None:

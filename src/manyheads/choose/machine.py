@@ -14,7 +14,14 @@ import torch
 
 from manyheads.choose.available import available_memory, total_memory
 
-__all__ = ["available_memory", "machine_facts", "matmul_rate", "set_threads", "total_memory"]
+__all__ = [
+    "available_memory",
+    "keep_freed_memory",
+    "machine_facts",
+    "matmul_rate",
+    "set_threads",
+    "total_memory",
+]
 
 
 def machine_facts() -> dict[str, Any]:
@@ -143,6 +150,27 @@ def matmul_rate(dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> flo
             if end >= stop:
                 break
     return best
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library to keep freed blocks for the next allocation, for the rest of the process.
+
+    glibc gives every block of 32 MB or more back to the system at once and gets it back page by
+    page, zeroed, which takes longer than the arithmetic of a linear mechanism. With this on the
+    process holds on to the most that it ever used.
+
+    Returns:
+        Whether the C library took it: glibc does, others have no such setting.
+    """
+    if platform.system() != "Linux":
+        return False
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    # The numbers are M_TRIM_THRESHOLD, M_MMAP_MAX: never trim, never map a block by itself.
+    return bool(mallopt(-1, (1 << 31) - 1)) and bool(mallopt(-4, 0))
 
 
 @contextmanager

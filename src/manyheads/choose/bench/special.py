@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.choose.bench.grid import bench_shape
-from manyheads.choose.cost import Subject, bind, draw_inputs
-from manyheads.choose.machine import available_memory
+from manyheads.choose.bench.grid import DIRECTIONS, bench_shape, is_linear
+from manyheads.choose.cost import Subject, TensorPool, bind, draw_inputs
+from manyheads.choose.growth import fit_exponent
+from manyheads.choose.machine import available_memory, keep_freed_memory
 from manyheads.choose.memory import peak_memory
 from manyheads.choose.predict import can_hold
 from manyheads.choose.results import Progress
@@ -29,12 +30,14 @@ def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, 
         "streaming": _streaming,
         "urpe_against_bias": _urpe_bias,
         "urpe_inference_memory": _urpe_memory,
+        # Last: it changes the process for good.
+        "memory_kept": _memory_kept,
     }
     there = list_mechanisms()
     found = {}
     for index, (name, part) in enumerate(parts.items()):
         mechanism = name.partition("_")[0]
-        if mechanism in there or name == "streaming":
+        if mechanism in there or name in ("streaming", "memory_kept"):
             progress(index / len(parts), name.replace("_", " "))
             found[name] = part(quick=quick, seed=seed)
     return found
@@ -161,3 +164,38 @@ def _urpe_memory(*, quick: bool, seed: int) -> dict[str, Any]:
             "square_bytes": 4 * shape.heads * length * length,
         }
     return found
+
+
+def _memory_kept(*, quick: bool, seed: int) -> dict[str, Any]:
+    """Growth with the length once more, with freed memory kept by the process."""
+    kept = keep_freed_memory()
+    lengths = (256, 512) if quick else (2048, 4096, 8192, 16384, 32768)
+    times: dict[tuple[str, str], dict[int, float]] = {}
+    for length in lengths if kept else ():
+        calls: dict[str, Callable[[], Any]] = {}
+        pool = TensorPool()
+        for name in filter(is_linear, list_mechanisms()):
+            mechanism = get_mechanism(name)
+            for direction in DIRECTIONS:
+                is_causal = direction == "causal"
+                if mechanism.causal if is_causal else mechanism.bidirectional:
+                    shape = bench_shape(length, is_causal=is_causal)
+                    subject = Subject(name, shape, seed=seed, pool=pool)
+                    calls[f"{name}/{direction}"] = subject.call("train")
+        timings = _finished(interleaved(calls, repeats=3 if quick else 5, min_sample_seconds=1e-2))
+        for key, timing in timings.items():
+            name, direction = key.split("/")
+            times.setdefault((name, direction), {})[length] = timing.median
+    return {
+        "kept": kept,
+        "lengths": list(lengths),
+        "rows": [
+            {
+                "mechanism": name,
+                "direction": direction,
+                "seconds": list(found.values()),
+                "exponent": fit_exponent(list(found), list(found.values()))[0],
+            }
+            for (name, direction), found in times.items()
+        ],
+    }

@@ -96,6 +96,18 @@ def _special(special: dict[str, Any]) -> str:
             if d in memory
         )
         lines.append(f"urpe without gradients at {memory['length']:,}: peak {figures}")
+    if (kept := special.get("memory_kept", {})).get("rows"):
+        head = ["memory kept", *(f"{n:,}" for n in kept["lengths"]), "exponent"]
+        grown = [
+            [f"{r['mechanism']} {r['direction']}", *map(show_seconds, r["seconds"])]
+            + [f"{r['exponent']:.2f}"]
+            for r in kept["rows"]
+        ]
+        lines.append(
+            "forward and backward with the C library told to keep freed memory (by default glibc\n"
+            "gives blocks of 32 MB and more back at once and takes them again page by page)\n"
+            + text_table(head, grown)
+        )
     return "\n\n".join(lines)
 
 
