@@ -41,9 +41,11 @@ __all__ = ["ClassifyOptions", "SeriesBatches", "accuracy", "run", "train"]
 
 
 class Prepared(NamedTuple):
-    """What is read before any work."""
+    """What is read before any work; ``valid`` is held out of the training series, or None."""
 
     data: SeriesData
+    training: SeriesSplit
+    valid: SeriesSplit | None
     sha256: str
     config: MixerEncoderConfig
 
@@ -56,6 +58,7 @@ def run(options: ClassifyOptions) -> int:
 def prepare(options: ClassifyOptions) -> Prepared:
     """Read the series and build the config, so that their errors come before any work."""
     data = read_data(options.data)
+    training, valid = hold_out(data.train, options.valid_fraction, options.seed)
     longest = data.train.mask.shape[1]
     config = MixerEncoderConfig(
         num_classes=len(data.class_names),
@@ -75,7 +78,7 @@ def prepare(options: ClassifyOptions) -> Prepared:
     digest = hashlib.sha256()
     for tensor in (*data.train, *data.test):
         digest.update(tensor.numpy().tobytes())
-    return Prepared(data, digest.hexdigest(), config)
+    return Prepared(data, training, valid, digest.hexdigest(), config)
 
 
 def read_data(name: str) -> SeriesData:
@@ -100,15 +103,14 @@ def train(
     fabric: Fabric, options: ClassifyOptions, prepared: Prepared, stop: StopRequest
 ) -> dict[str, Any]:
     """Train in this process, alone or beside others; returns the results."""
-    data, config = prepared.data, prepared.config
-    with open_folder(fabric, options, {"sha256": prepared.sha256}) as folder:
+    data, training, valid, sha256, config = prepared
+    with open_folder(fabric, options, {"sha256": sha256}) as folder:
         # Set up.
         if fabric.is_global_zero:
             write_json(folder.path / "data.json", describe(data))
         torch.manual_seed(options.seed)
         model = MixerEncoder(config)
         seed_process(fabric, options.seed)
-        training, valid = hold_out(data.train, options.valid_fraction, options.seed)
         batches = SeriesBatches(
             training,
             batch_size=part_size(fabric, options),
@@ -159,7 +161,7 @@ def train(
                 "epochs": options.steps * options.batch_size / len(training.labels),
                 "seconds": at.seconds,
             },
-            sha256=prepared.sha256,
+            sha256=sha256,
             parameters=model.num_parameters(),
             model=model.config.to_dict(),
         )

@@ -134,7 +134,8 @@ def continuation(
         held += stream.push(int(token))
         places = [at for at in (held.find(s) for s in stop) if at >= 0]
         if places:
-            yield held[: min(places)]
+            if rest := held[: min(places)]:
+                yield rest
             return
         keep = _begun(held, stop)
         if len(held) > keep:
