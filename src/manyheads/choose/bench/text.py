@@ -24,7 +24,10 @@ def bench_text(record: dict[str, Any]) -> str:
     for direction in DIRECTIONS:
         for what, words in (("train", "forward and backward"), ("forward", "forward")):
             parts.append(f"{direction}, {words}\n{_speed(record, direction, what)}")
-    parts += [_special(record["special"]), _targets(record["targets"])]
+    parts.append(_special(record["special"]))
+    parts.append(
+        "the targets are judged in a full run" if record["quick"] else _targets(record["targets"])
+    )
     return "\n\n".join(part for part in parts if part)
 
 
@@ -99,8 +102,11 @@ def _special(special: dict[str, Any]) -> str:
     if (kept := special.get("memory_kept", {})).get("rows"):
         head = ["memory kept", *(f"{n:,}" for n in kept["lengths"]), "exponent"]
         grown = [
-            [f"{r['mechanism']} {r['direction']}", *map(show_seconds, r["seconds"])]
-            + [f"{r['exponent']:.2f}"]
+            [
+                f"{r['mechanism']} {r['direction']}",
+                *map(show_seconds, r["seconds"]),
+                f"{r['exponent']:.2f}",
+            ]
             for r in kept["rows"]
         ]
         lines.append(
