@@ -54,7 +54,8 @@ def choose_section() -> str:
     machine = results.machine
     seconds = sum(s["seconds"] for s in results.sessions)
     lines = [
-        f"What `manyheads choose --budget {results.workload.budget:g}s` printed on {machine['cpu']} with {machine['threads']} threads "
+        f"What `manyheads choose --budget {results.workload.budget:g}s` printed on "
+        f"{machine['cpu']} with {machine['threads']} threads "
         f"(torch {machine['torch']}, {show_seconds(seconds)}; "
         f"{describe(results.workload)}):",
         "",
