@@ -112,6 +112,32 @@ def test_a_second_ctrl_c_quits_at_once(train_lm, tmp_path, monkeypatch, capsys) 
     assert_equal_to_the_bit(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    train_lm, tmp_path, monkeypatch, capsys
+) -> None:
+    from manyheads.train import checkpoint
+
+    train_lm("--out", "whole")
+    usual, calls = checkpoint.save_file, []
+
+    def save_file(tensors, path, header) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        usual(tensors, path, header)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", save_file)
+        capsys.readouterr()
+        assert train_lm("--out", "run", "--no-progress") == 2
+    shown = capsys.readouterr().err
+    assert "No space left on device" in shown
+    assert shown.count("\n") == 1
+    assert train_lm("--out", "run") == 0
+    assert_equal_to_the_bit(tmp_path / "whole", tmp_path / "run")
+
+
 def stop_at(train_lm, monkeypatch, step: int, *words) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))

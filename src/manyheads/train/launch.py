@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
 
 from manyheads.errors import require_extra
 from manyheads.train.folder import RunFolder, load_options
@@ -55,12 +56,14 @@ def launch(options: O, prepare: Callable[[O], P], recipe: Recipe[O, P]) -> int:
     if options.tensorboard:
         require_extra("tensorboard", "train", "--tensorboard")
     options = load_options(options)
-    options = options.replace(**_torchrun_devices())
-    check_batch(options)
+    local, nodes = _torchrun() or (options.devices, 1)
+    options = options.replace(devices=local)
+    check_batch(options, nodes)
     _check_accelerator(options)
     folder = RunFolder(options)
     if folder.results.is_file() and not options.restart:
-        print_results(folder.path, finished=True)
+        if _is_first():
+            print_results(folder.path, finished=True)
         return 0
     threads = torch.get_num_threads()
     try:
@@ -78,18 +81,18 @@ def launch(options: O, prepare: Callable[[O], P], recipe: Recipe[O, P]) -> int:
     return 0
 
 
-def check_batch(options: TrainOptions) -> None:
-    """Check that the batch can be dealt out.
+def check_batch(options: TrainOptions, nodes: int = 1) -> None:
+    """Check that the batch can be dealt out, to processes on so many machines.
 
     Raises:
         ValueError: it is no multiple of processes times accumulated parts.
     """
-    parts = options.devices * options.num_nodes * options.accumulate
+    processes = options.devices * nodes
+    parts = processes * options.accumulate
     if options.batch_size % parts:
         raise ValueError(
-            f"batch_size {options.batch_size} is not a multiple of {parts}, the product of "
-            f"devices {options.devices}, num_nodes {options.num_nodes} and accumulate "
-            f"{options.accumulate}"
+            f"batch_size {options.batch_size} is not a multiple of {parts}: processes {processes} "
+            f"times accumulate {options.accumulate}"
         )
 
 
@@ -114,18 +117,19 @@ def _launch(options: O, prepared: P, recipe: Recipe[O, P]) -> tuple[str, Any]:
     with _quiet():
         from lightning_fabric import Fabric
 
-        several = options.devices * options.num_nodes > 1
-        external = bool(_torchrun_devices())
+        external = _torchrun()
+        nodes = external[1] if external else 1
+        several = options.devices * nodes > 1
         fabric = Fabric(
             accelerator=options.accelerator,
             devices=options.devices,
-            num_nodes=options.num_nodes,
+            num_nodes=nodes,
             strategy="auto" if not several else "ddp" if external else "ddp_spawn",
             precision=cast(Any, options.precision),
         )
         # Bound to the function: Fabric looks into arguments, and does not stand frozen ones.
         job = partial(_in_process, options=options, prepared=prepared, recipe=recipe)
-        if not several or external:
+        if not several or external is not None:
             fabric.launch()
             return job(fabric)
         with _forwarding() as asked:
@@ -149,6 +153,12 @@ def _in_process(fabric: Fabric, options: O, prepared: P, recipe: Recipe[O, P]) -
             return "interrupted", stopped.signum
         except ValueError as error:
             return "error", str(error)
+        except (OSError, SafetensorError) as error:
+            if not alone:
+                raise
+            return "error", (
+                f"{error}; what is saved in {str(options.out)!r} is whole: the same command goes on"
+            )
 
 
 @contextlib.contextmanager
@@ -187,12 +197,12 @@ def _forwarding() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _torchrun_devices() -> dict[str, int]:
-    """Return the processes that torchrun started, or nothing."""
+def _torchrun() -> tuple[int, int] | None:
+    """Return the processes a machine and the machines that torchrun has started, if it has."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return {}
+        return None
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    return {"devices": local, "num_nodes": world // local}
+    return local, world // local
 
 
 def _is_first() -> bool:

@@ -25,8 +25,8 @@ __all__ = [
 # What may differ between the parts of one run: where it computes and what it shows, not what.
 FREE = frozenset(
     (
-        "out", "resume", "restart", "save_every", "tensorboard", "devices", "num_nodes",
-        "accelerator", "accumulate", "threads", "progress",
+        "out", "resume", "restart", "save_every", "tensorboard", "devices", "accelerator",
+        "accumulate", "threads", "progress",
     )
 )  # fmt: skip
 
@@ -55,8 +55,8 @@ class TrainOptions(Config):
         log_every: steps that a row of metrics.csv is a mean of.
         tensorboard: also write TensorBoard events into the run's folder.
         seed: of weights, data order and dropout.
-        devices: processes on this machine, each with one device or its share of the cores.
-        num_nodes: machines; start the command on each with torchrun.
+        devices: processes on this machine, each with one device or its share of the cores; under
+          torchrun as many as that starts, on all machines.
         accelerator: what to compute on.
         threads: threads of each process (default: torch's own).
         progress: show progress on the terminal.
@@ -84,7 +84,6 @@ class TrainOptions(Config):
     tensorboard: bool = False
     seed: int = 0
     devices: int = 1
-    num_nodes: int = 1
     accelerator: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda", "mps")})
     threads: int | None = None
     progress: bool = True
@@ -106,7 +105,7 @@ class TrainOptions(Config):
 
     def _least(self) -> dict[str, float]:
         ones = ("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every")
-        least: dict[str, float] = dict.fromkeys((*ones, "devices", "num_nodes", "threads"), 1)
+        least: dict[str, float] = dict.fromkeys((*ones, "devices", "threads"), 1)
         return least | dict.fromkeys(("warmup", "weight_decay", "clip", "seed"), 0)
 
     @classmethod
@@ -232,9 +231,9 @@ class LMOptions(MixerOptions):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "steps": 120, "batch_size": 8, "learning_rate": 5e-3, "eval_every": 40,
+            "steps": 300, "batch_size": 8, "learning_rate": 5e-3, "eval_every": 100,
             "mixers": "gla,softmax", "embed_dim": 64, "num_heads": 4, "length": 128,
-            "eval_tokens": 1 << 14, "max_bytes": 400_000,
+            "eval_tokens": 1 << 14, "max_bytes": 500_000,
         },
     }  # fmt: skip
     recipe: ClassVar[str] = "lm"
@@ -349,7 +348,7 @@ class URPETaskOptions(TrainOptions):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
-            "steps": 250, "batch_size": 16, "learning_rate": 2e-3, "eval_every": 50,
+            "steps": 400, "batch_size": 16, "learning_rate": 5e-3, "eval_every": 50,
             "words": 50, "length": 16, "num_layers": 2, "embed_dim": 32, "num_heads": 4,
             "mlp_dim": 128, "eval_samples": 200,
         },
