@@ -66,6 +66,27 @@ MUTATIONS = (
         "(k * (r - b).exp()).mT).tril_(-1)",
     ),
     Mutation(
+        "flowformer: a sink does not see its own source",
+        "flowformer",
+        "attention/flow/causal.py",
+        "lower, upper = scores.tril(), scores.triu_()",
+        "lower, upper = scores.tril(-1), scores.triu_()",
+    ),
+    Mutation(
+        "flowformer: the clamp is ten times as wide",
+        "flowformer",
+        "attention/flow/parts.py",
+        "conserved.clamp(-clamp, clamp)",
+        "conserved.clamp(-10 * clamp, 10 * clamp)",
+    ),
+    Mutation(
+        "flowformer: eps of the flow out of a source",
+        "flowformer",
+        "attention/flow/bidirectional.py",
+        "outgoing = product(k, query_sum, eps, outer_eps)",
+        "outgoing = product(k, query_sum, 1e4 * eps, outer_eps)",
+    ),
+    Mutation(
         "transnormer: the norm's gradient loses a factor",
         "transnormer",
         "attention/norm/fast.py",

@@ -75,6 +75,17 @@ def test_recall_puts_out_what_cannot_recall() -> None:
     assert answer.best == "gla"
 
 
+def test_a_probe_that_nothing_learned_decides_nothing() -> None:
+    recall = {"softmax": 0.19, "gla": 0.15, "norm": 0.02}
+    answer = decide(results(FAST, text=dict.fromkeys(FAST, 2.0), recall=recall))
+    assert answer.best == "norm"
+    assert "near the best at text (" in answer.reasons[1]
+    assert any("recall decided nothing" in line and "19%" in line for line in answer.loses)
+    alone = decide(results(FAST, recall=recall))
+    assert alone.best == "norm"
+    assert "No candidate learned recall" in alone.reasons[1]
+
+
 def test_losing_cases_are_said() -> None:
     made = results({"softmax": (1.0, 0.5), "gla": (0.2, 1.0)}, state={"softmax": 50})
     made.summary.append(

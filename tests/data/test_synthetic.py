@@ -199,6 +199,26 @@ def test_every_recall_query_has_one_right_answer(config: RecallConfig, seed: int
     assert mask.all()
 
 
+def test_segments_of_recall_bind_the_keys_anew() -> None:
+    config = RecallConfig(vocab_size=16, length=24, pairs=4, segments=3)
+    inputs, targets, mask = TASKS["recall"].batch(config, seed=0, indices=range(20))
+    assert inputs.shape == targets.shape == mask.shape == (20, 72)
+    assert config.longest == 72
+    again = 0
+    for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
+        bound: dict[int, int] = {}
+        for start in range(0, 72, 24):
+            pairs = dict(
+                zip(row[start : start + 8 : 2], row[start + 1 : start + 8 : 2], strict=True)
+            )
+            again += sum(k in bound and bound[k] != v for k, v in pairs.items())
+            bound |= pairs
+            asked = [n for n in range(start, start + 24) if answers[n] != -100]
+            assert sorted(row[n] for n in asked) == sorted(pairs)
+            assert all(answers[n] == pairs[row[n]] for n in asked)
+    assert again > 20, "keys get other values later on"
+
+
 def test_recall_queries_are_close_by_a_power_law() -> None:
     def gaps(power: float) -> np.ndarray:
         config = RecallConfig(vocab_size=64, length=64, pairs=1, power=power)
@@ -231,6 +251,7 @@ def test_recall_fillers_miss_only_the_keys() -> None:
         ({"pairs": 0}, "0 pairs"),
         ({"pairs": 8, "vocab_size": 17}, "use vocab_size 18 or more"),
         ({"filler": "noise"}, "none of random, zero"),
+        ({"segments": 0}, "segments 0 must be at least 1"),
     ],
 )
 def test_recall_configs_that_do_not_fit(kwargs: dict, message: str) -> None:

@@ -24,6 +24,15 @@ def build(pattern: str, **options) -> MixerLM:
     return MixerLM(config).eval().double()
 
 
+def test_positions_do_not_drown_the_tokens() -> None:
+    model = MixerLM(MixerLMConfig(embed_dim=128, mixers="flow*2", add_positions=True))
+    alone = model.embed.weight.detach()
+    tokens = torch.zeros(1, 500, dtype=torch.long)
+    seen = model._embed(tokens, torch.arange(500)[None]).detach() - alone[0]
+    ratio = seen.square().mean().sqrt() / alone.square().mean().sqrt()
+    assert 0.8 < ratio < 1.25
+
+
 def test_patterns() -> None:
     assert parse_pattern("gla*2, softmax") == ("gla", "gla", "softmax")
     assert parse_pattern(("gla", "softmax"), 4) == ("gla", "softmax") * 2

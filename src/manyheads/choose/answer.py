@@ -2,7 +2,8 @@
 
 The rule, stated in every report: a candidate qualifies if its quality is within a tolerance of the
 best at every task that was measured (3 % in bits per byte at equal seconds, ten points of
-accuracy; no quality measured: all qualify). Of those that qualify the fastest is recommended, by
+accuracy; no quality measured: all qualify). A probe that no candidate learned, which is to be 20
+points above guessing, decides nothing. Of those that qualify the fastest is recommended, by
 the geometric mean over the workload's phases of its time over softmax's. Softmax is kept unless
 the winner's gain is beyond the measured spread.
 """
@@ -16,10 +17,11 @@ from manyheads.choose.results import Answer, CostRow, Results, Summary
 from manyheads.choose.units import show_bytes, show_seconds
 from manyheads.choose.workload import REFERENCE, Workload
 
-__all__ = ["ACCURACY_TOLERANCE", "TEXT_TOLERANCE", "decide", "pareto_front"]
+__all__ = ["ACCURACY_TOLERANCE", "LEARNED", "TEXT_TOLERANCE", "decide", "pareto_front"]
 
 TEXT_TOLERANCE = 0.03
 ACCURACY_TOLERANCE = 0.10
+LEARNED = 0.20  # accuracy above guessing
 _FIELDS = {"train": "train", "prefill": "forward", "decode": "decode"}
 _WORDS = {
     "train": "forward and backward",
@@ -36,7 +38,8 @@ def decide(results: Results) -> Answer:
     partial = len(timed) < len(scores) or _quality_is_missing(results)
     if not timed:
         return Answer(best=None, partial=True, scores=scores)
-    tasks = sorted({task for s in scores.values() for task in s["quality"]})
+    guesses = _unlearned(results)
+    tasks = sorted({task for s in scores.values() for task in s["quality"]} - set(guesses))
     bars = {task: _bar(task, timed) for task in tasks}
     fit = [m for m in timed if all(_passes(scores[m], t, bars[t]) for t in tasks)]
     relaxed = not fit
@@ -55,10 +58,12 @@ def decide(results: Results) -> Answer:
     ordered = sorted(front, key=lambda m: (m != best, timed[m]["time"], m))
     return Answer(
         best=best,
-        reasons=_reasons(results, best, scores, fit, tasks, kept=kept, relaxed=relaxed),
+        reasons=_reasons(
+            results, best, scores, fit, tasks, list(guesses), kept=kept, relaxed=relaxed
+        ),
         front=tuple(ordered),
         ties=ties,
-        loses=tuple(_losing(results, best, scores, bars)),
+        loses=(*_losing(results, best, scores, bars), *guesses.values()),
         partial=partial,
         scores=scores,
     )
@@ -115,6 +120,21 @@ def _relative_time(
     return math.exp(sum(ratios) / len(ratios)), spread, predicted
 
 
+def _unlearned(results: Results) -> dict[str, str]:
+    """Return the probes that no candidate learned, each with a sentence that says so."""
+    told = {}
+    for task in results.workload.probes:
+        rows = [q for q in results.quality if q.task == task]
+        best = max((q.value for q in rows if q.value is not None), default=None)
+        chance = max((q.chance or 0.0 for q in rows), default=0.0)
+        if best is not None and best < chance + LEARNED:
+            told[task] = (
+                f"{task} decided nothing: no candidate learned it in this budget (the best has "
+                f"{best:.0%}, guessing {chance:.0%}); a longer --budget tells more."
+            )
+    return told
+
+
 def _quality_is_missing(results: Results) -> bool:
     workload = results.workload
     tasks = ([] if workload.data is None else ["text"]) + list(workload.probes)
@@ -164,6 +184,7 @@ def _reasons(
     scores: dict[str, dict[str, Any]],
     fit: list[str],
     tasks: list[str],
+    unlearned: list[str],
     *,
     kept: bool,
     relaxed: bool,
@@ -190,14 +211,17 @@ def _reasons(
                 costs.append(f"{word} than softmax in {_WORDS[phase]}")
         guess = " (in part predicted)" if scores[best]["predicted"] else ""
         first = f"{best} is {' and '.join(costs)} {at}{guess}."
-    if not tasks:
+    if not tasks and unlearned:
+        second = f"No candidate learned {_listed(unlearned)} in this budget: the choice rests on "
+        second += "time alone, and changing the mechanism needs training."
+    elif not tasks:
         second = "No quality was measured: the choice rests on time alone, and changing the "
         second += "mechanism needs training."
     elif relaxed:
         second = f"No candidate is near the best at all of {_listed(tasks)}: text decided."
     else:
         second = f"Of {len(scores)} candidates {len(fit)} are near the best at {_listed(tasks)}"
-        second += f" ({_quality_words(scores[best])}), and it is the fastest of these."
+        second += f" ({_quality_words(scores[best], tasks)}), and it is the fastest of these."
     return first, second
 
 
@@ -212,9 +236,12 @@ def _listed(tasks: list[str]) -> str:
     return tasks[0] if len(tasks) == 1 else f"{', '.join(tasks[:-1])} and {tasks[-1]}"
 
 
-def _quality_words(score: dict[str, Any]) -> str:
+def _quality_words(score: dict[str, Any], tasks: list[str]) -> str:
     parts = []
-    for task, value in score["quality"].items():
+    for task in tasks:
+        if task not in score["quality"]:
+            continue
+        value = score["quality"][task]
         parts.append(f"{value:.3f} bits per byte" if task == "text" else f"{task} {value:.0%}")
     return ", ".join(parts)
 

@@ -15,7 +15,7 @@ from manyheads.data.synthetic import CopyConfig, get_task
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 from manyheads.papers.base import Check, Claim, Measurement, Paper
 
-__all__ = ["PAPER", "measure"]
+__all__ = ["PAPER", "conservation_error", "measure", "prefix_error"]
 
 _HEADS, _DIM = 8, 64
 _SHORT, _LONG = 1024, 4096
@@ -34,8 +34,9 @@ def _inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 def measure(progress: Progress) -> Measurement:
     """Measure conservation, growth in time, memory of the causal form, its prefixes, copying."""
     progress("conservation")
-    conserved = max(_conservation(is_causal) for is_causal in (False, True))
-    prefix = _prefix_error(progress)
+    conserved = max(conservation_error(is_causal=is_causal) for is_causal in (False, True))
+    progress("prefill and steps")
+    prefix = prefix_error()
     growth, causal_growth, times = _growth(progress)
     progress("memory of the causal form")
     query, key, value = (t.requires_grad_() for t in _inputs(_SHORT))
@@ -123,8 +124,8 @@ def measure(progress: Progress) -> Measurement:
     )
 
 
-def _conservation(is_causal: bool) -> float:
-    """Return the largest deviation from 1 of the flows of sources and sinks."""
+def conservation_error(*, is_causal: bool) -> float:
+    """Return the largest deviation from 1 of what a source gives and a sink takes, eps = 0."""
     query, key, _ = _inputs(300)
     flows = flow_flows(query, key, is_causal=is_causal, eps=0.0)
     capacity = query.sigmoid() @ key.sigmoid().mT
@@ -134,13 +135,13 @@ def _conservation(is_causal: bool) -> float:
     return max(float((t - 1).abs().max()) for t in (sinks, sources))
 
 
-def _prefix_error(progress: Progress) -> float:
-    progress("prefill and steps")
-    query, key, value = _inputs(600)
+def prefix_error(*, length: int = 600, prefill: int = 500) -> float:
+    """Return the largest difference of prefill and steps from the causal form on the whole."""
+    query, key, value = _inputs(length)
     whole = flow(query, key, value, is_causal=True)
-    out, state = flow_update(None, *(t[:, :, :500] for t in (query, key, value)))
+    out, state = flow_update(None, *(t[:, :, :prefill] for t in (query, key, value)))
     parts = [out]
-    for t in range(500, 600):
+    for t in range(prefill, length):
         one, state = flow_step(state, query[:, :, t], key[:, :, t], value[:, :, t])
         parts.append(one[:, :, None])
     return float((torch.cat(parts, 2) - whole).abs().max())

@@ -299,8 +299,9 @@ class RecallOptions(MixerOptions):
 
     Attributes:
         vocab_size: ids of the task, half of them keys and half values.
-        length: tokens a sequence.
+        length: tokens a segment; a sequence is one segment unless ``segments`` says more.
         pairs: pairs of key and value to keep in mind; four times as many must fit the length.
+        segments: segments a sequence, each of which binds the keys anew.
         power: exponent of the distances of the queries; 1 spreads them evenly.
         eval_samples: held-out sequences that accuracy is measured on.
     """
@@ -324,11 +325,14 @@ class RecallOptions(MixerOptions):
     vocab_size: int = 256
     length: int = 64
     pairs: int = 8
+    segments: int = 1
     power: float = 0.01
     eval_samples: int = 1000
 
     def _least(self) -> dict[str, float]:
-        return MixerOptions._least(self) | {"length": 1, "pairs": 1, "eval_samples": 1}
+        return MixerOptions._least(self) | {
+            "length": 1, "pairs": 1, "segments": 1, "eval_samples": 1
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

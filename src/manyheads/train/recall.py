@@ -46,6 +46,7 @@ def prepare(options: RecallOptions) -> Prepared:
         length=options.length,
         pairs=options.pairs,
         power=options.power,
+        segments=options.segments,
     )
     config = MixerLMConfig(
         vocab_size=task.num_tokens,
@@ -55,7 +56,7 @@ def prepare(options: RecallOptions) -> Prepared:
         mixers=options.mixers,
         mixer_options=options.read_mixer_options(),
         mlp_ratio=options.mlp_ratio,
-        max_length=max(2048, options.length),
+        max_length=max(2048, task.longest),
         dropout=options.dropout,
     )
     with torch.device("meta"):

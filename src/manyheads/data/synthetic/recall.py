@@ -16,10 +16,10 @@ __all__ = ["RECALL", "RecallConfig"]
 class RecallConfig(TaskConfig):
     """Multi-query associative recall (MQAR) of "Zoology" (arXiv 2312.04927).
 
-    A sequence is K pairs (key, value), then slots of two places each; K slots start with one of
+    A segment is K pairs (key, value), then slots of two places each; K slots start with one of
     the keys as a query, and the model must name its value there. The distance of a query follows
     a power law: slot s = 1, 2, ... is drawn with weight s^(power - 1), without replacement.
-    Keys are ids 1 ... V/2 - 1, values V/2 ... V - 1, all different within a sequence; each key is
+    Keys are ids 1 ... V/2 - 1, values V/2 ... V - 1, all different within a segment; each key is
     queried once. Every other place holds filler.
 
     Args:
@@ -27,11 +27,14 @@ class RecallConfig(TaskConfig):
         length: N.
         pairs: K; 4 K places must fit into the length.
         power: exponent a of the power law; 1 spreads the queries evenly, near 0 puts them close.
+        segments: a sequence is as many of these, one behind the other, each with bindings of its
+            own: what was bound before has to be forgotten. ``length`` is that of a segment.
         filler: ``random`` ids (of the whole vocabulary but the keys in use, so that a key after
             the pairs is always a query) or ``zero``.
 
     Raises:
-        ValueError: pairs that do not fit the length or the vocabulary; an unknown filler.
+        ValueError: pairs that do not fit the length or the vocabulary; an unknown filler; less
+            than one segment.
     """
 
     vocab_size: int = 8192
@@ -39,6 +42,7 @@ class RecallConfig(TaskConfig):
     pairs: int = 8
     power: float = 0.01
     filler: Literal["random", "zero"] = "random"
+    segments: int = 1
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or 4 * self.pairs > self.length:
@@ -53,6 +57,8 @@ class RecallConfig(TaskConfig):
             )
         if self.filler not in ("random", "zero"):
             raise ValueError(f"filler {self.filler!r} is none of random, zero")
+        if self.segments < 1:
+            raise ValueError(f"segments {self.segments} must be at least 1")
 
     @property
     def num_tokens(self) -> int:
@@ -60,10 +66,16 @@ class RecallConfig(TaskConfig):
 
     @property
     def longest(self) -> int:
-        return self.length
+        return self.length * self.segments
 
 
 def _draw(config: RecallConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    parts = [_segment(config, rng) for _ in range(config.segments)]
+    inputs, targets = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return inputs, targets
+
+
+def _segment(config: RecallConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     pairs, half = config.pairs, config.vocab_size // 2
     keys = 1 + rng.choice(half - 1, pairs, replace=False)
     values = half + rng.choice(config.vocab_size - half, pairs, replace=False)

@@ -19,6 +19,7 @@ from manyheads.layers.norms import RMSNorm
 from manyheads.layers.ragged import check_cu_seqlens, check_mask, sequence_ids
 from manyheads.models.base import Model
 from manyheads.models.language.mixer_lm import (
+    POSITION_SCALE,
     MixerBlock,
     build_mixer,
     initialise,
@@ -131,7 +132,8 @@ class MixerEncoder(Model):
         h = self.embed(x)
         if self.config.has_positions:
             places = packed_positions(length, mask, cu_seqlens, x.device)
-            h = h + sinusoidal(places, self.config.embed_dim).to(h)
+            scale = 1.0 if self.config.vocab_size is None else POSITION_SCALE
+            h = h + scale * sinusoidal(places, self.config.embed_dim).to(h)
         for block, backwards in zip(
             cast(list[MixerBlock], list(self.layers)), self._reversed, strict=True
         ):

@@ -24,6 +24,7 @@ from manyheads.models.language.pattern import parse_pattern
 from manyheads.registry import get_mechanism
 
 __all__ = [
+    "POSITION_SCALE",
     "MixerBlock",
     "MixerLM",
     "MixerLMConfig",
@@ -31,6 +32,11 @@ __all__ = [
     "initialise",
     "packed_positions",
 ]
+
+_EMBED_STD = 0.02
+# Sines have an rms of 1/√2: beside token embeddings of _EMBED_STD they would be all that a norm
+# leaves to see.
+POSITION_SCALE = _EMBED_STD * 2**0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +53,8 @@ class MixerLMConfig(Config):
         mlp_ratio: hidden width of a plain MLP; the gated one has as many parameters.
         mlp_multiple: its width is rounded up to this.
         tie_embeddings: whether the output matrix is the embedding.
-        add_positions: sinusoidal positions on the embeddings; "auto": where a mechanism of the
-            pattern does not know positions by itself.
+        add_positions: sinusoidal positions on the embeddings, of their size at the start; "auto":
+            where a mechanism of the pattern does not know positions by itself.
         max_length: for mechanisms with a table of positions.
         norm_eps, dropout: as named; dropout acts on both branches.
     """
@@ -142,7 +148,7 @@ def initialise(model: Model, blocks: list[MixerBlock]) -> None:
     """Embeddings N(0, 0.02); the last matrix of each branch is shrunk by sqrt(2 · layers)."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=_EMBED_STD)
     with torch.no_grad():
         for block in blocks:
             block.mlp.down_proj.weight.mul_((2 * len(blocks)) ** -0.5)
@@ -212,7 +218,7 @@ class MixerLM(CausalLM):
         x = self.embed(tokens)
         if self.config.has_positions:
             places = packed_positions(tokens.shape[1], mask, cu_seqlens, tokens.device)
-            x = x + sinusoidal(places, self.config.embed_dim).to(x)
+            x = x + POSITION_SCALE * sinusoidal(places, self.config.embed_dim).to(x)
         for block in self._blocks:
             x = block(x, mask, cu_seqlens)
         return self.head(self.norm(x))
@@ -245,7 +251,7 @@ class MixerLM(CausalLM):
     def _embed(self, tokens: Tensor, places: Tensor) -> Tensor:
         x = self.embed(tokens)
         if self.config.has_positions:
-            x = x + sinusoidal(places, self.config.embed_dim).to(x)
+            x = x + POSITION_SCALE * sinusoidal(places, self.config.embed_dim).to(x)
         return x
 
     def key_map(self) -> KeyMap:
