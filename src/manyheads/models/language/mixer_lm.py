@@ -35,8 +35,8 @@ __all__ = [
 
 _EMBED_STD = 0.02
 # Sines have an rms of 1/√2: beside token embeddings of _EMBED_STD they would be all that a norm
-# leaves to see.
-POSITION_SCALE = _EMBED_STD * 2**0.5
+# leaves to see. Embeddings grow in training and these do not, so they start a few times as large.
+POSITION_SCALE = 5 * _EMBED_STD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +53,8 @@ class MixerLMConfig(Config):
         mlp_ratio: hidden width of a plain MLP; the gated one has as many parameters.
         mlp_multiple: its width is rounded up to this.
         tie_embeddings: whether the output matrix is the embedding.
-        add_positions: sinusoidal positions on the embeddings, of their size at the start; "auto":
-            where a mechanism of the pattern does not know positions by itself.
+        add_positions: sinusoidal positions on the embeddings; "auto": where a mechanism of the
+            pattern does not know positions by itself.
         max_length: for mechanisms with a table of positions.
         norm_eps, dropout: as named; dropout acts on both branches.
     """
