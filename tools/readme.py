@@ -12,6 +12,7 @@ from typing import Any
 from manyheads.choose.results import Results
 from manyheads.choose.table import cost_cells, describe
 from manyheads.choose.units import show_seconds
+from manyheads.choose.workload import Workload
 from manyheads.papers import PAPERS, is_in
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +54,11 @@ def choose_section() -> str:
     header, rows, notes = cost_cells(results)
     machine = results.machine
     seconds = sum(s["seconds"] for s in results.sessions)
+    budget = results.workload.budget
+    is_default = budget == Workload.__dataclass_fields__["budget"].default
+    command = "`make choose`" if is_default else f"`manyheads choose --budget {budget:g}s`"
     lines = [
-        f"What `manyheads choose --budget {results.workload.budget:g}s` printed on "
+        f"What {command} printed on "
         f"{machine['cpu']} with {machine['threads']} threads "
         f"(torch {machine['torch']}, {show_seconds(seconds)}; "
         f"{describe(results.workload)}):",

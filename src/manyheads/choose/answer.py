@@ -220,8 +220,13 @@ def _reasons(
     elif relaxed:
         second = f"No candidate is near the best at all of {_listed(tasks)}: text decided."
     else:
-        second = f"Of {len(scores)} candidates {len(fit)} are near the best at {_listed(tasks)}"
-        second += f" ({_quality_words(scores[best], tasks)}), and it is the fastest of these."
+        words = _quality_words(scores[best], tasks)
+        if len(fit) == 1:
+            second = f"It alone of {len(scores)} candidates is near the best at {_listed(tasks)} "
+            second += f"({words})."
+        else:
+            second = f"Of {len(scores)} candidates {len(fit)} are near the best at "
+            second += f"{_listed(tasks)} ({words}), and it is the fastest of these."
     return first, second
 
 
