@@ -86,6 +86,13 @@ def test_a_probe_that_nothing_learned_decides_nothing() -> None:
     assert "No candidate learned recall" in alone.reasons[1]
 
 
+def test_text_that_was_judged_early_is_said() -> None:
+    for steps, warned in ((6, True), (400, False)):
+        made = results(FAST, text=dict.fromkeys(FAST, 2.0))
+        made.quality = [q.replace(details={"steps": steps}) for q in made.quality]
+        assert any("after 6 training steps" in line for line in decide(made).loses) is warned
+
+
 def test_losing_cases_are_said() -> None:
     made = results({"softmax": (1.0, 0.5), "gla": (0.2, 1.0)}, state={"softmax": 50})
     made.summary.append(

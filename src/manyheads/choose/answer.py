@@ -22,6 +22,7 @@ __all__ = ["ACCURACY_TOLERANCE", "LEARNED", "TEXT_TOLERANCE", "decide", "pareto_
 TEXT_TOLERANCE = 0.03
 ACCURACY_TOLERANCE = 0.10
 LEARNED = 0.20  # accuracy above guessing
+FEW_STEPS = 100  # of training, below which the answer warns that text was judged early
 _FIELDS = {"train": "train", "prefill": "forward", "decode": "decode"}
 _WORDS = {
     "train": "forward and backward",
@@ -63,7 +64,7 @@ def decide(results: Results) -> Answer:
         ),
         front=tuple(ordered),
         ties=ties,
-        loses=(*_losing(results, best, scores, bars), *guesses.values()),
+        loses=(*_losing(results, best, scores, bars), *_early(results), *guesses.values()),
         partial=partial,
         scores=scores,
     )
@@ -133,6 +134,21 @@ def _unlearned(results: Results) -> dict[str, str]:
                 f"{best:.0%}, guessing {chance:.0%}); a longer --budget tells more."
             )
     return told
+
+
+def _early(results: Results) -> list[str]:
+    """Return a sentence that warns of text judged after few steps."""
+    steps = [
+        q.details["steps"]
+        for q in results.quality
+        if q.task == "text" and q.regime == "seconds" and "steps" in q.details
+    ]
+    if not steps or min(steps) >= FEW_STEPS:
+        return []
+    return [
+        f"text was judged early, after {min(steps):,} training steps at the least: a longer "
+        "--budget tells more."
+    ]
 
 
 def _quality_is_missing(results: Results) -> bool:
