@@ -210,7 +210,8 @@ def _probes(results: Results) -> Picture | None:
             if sized:
                 axis.set_xscale("log")
                 axis.set_xlabel("state of the model")
-                _format(axis.xaxis, show_bytes)
+                axis.margins(x=0.3)
+                _format(axis.xaxis, show_bytes, room=1.2)
             else:
                 axis.set_xticks([])
             if rows and rows[0].chance is not None:
@@ -264,16 +265,20 @@ def _short(n: int) -> str:
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
-def _format(axis: Any, show: Callable[[float], str]) -> None:
+def _format(axis: Any, show: Callable[[float], str], *, room: float = 2.5) -> None:
+    """Write ticks with ``show``; between powers of ten only where fewer decades than ``room``."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if axis.get_scale() == "log":
         low, high = axis.get_view_interval()
         decades = math.log10(high / low) if low > 0 else 9.0
-        subs = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+        subs = (1.0, 2.0, 5.0) if decades < room else (1.0,)
         axis.set_major_locator(LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda v, _: show(v)))
     axis.set_minor_formatter(NullFormatter())
+
+
+_NAME_POINTS = 60.0  # about the width of a long name
 
 
 def _labels(
@@ -284,14 +289,34 @@ def _labels(
         return
     figure = axis.figure
     figure.canvas.draw()
-    gap = 13.0 * figure.dpi / 72
+    point = figure.dpi / 72
     places = [(axis.transData.transform((x, y)), name, shade) for x, y, name, shade in ends]
-    places.sort(key=lambda p: p[0][1])
-    heights = [p[0][1] for p in places]
+    places.sort(key=lambda p: p[0][0])
+    groups = [places[:1]]
+    for place in places[1:]:
+        # Names of far points cannot touch; those at line ends all stand in one column.
+        apart = at_point and place[0][0] - groups[-1][-1][0][0] > _NAME_POINTS * point
+        groups.append([place]) if apart else groups[-1].append(place)
+    right = places[-1][0][0]
+    for group in groups:
+        group.sort(key=lambda p: p[0][1])
+        heights = _pushed_apart([p[0][1] for p in group], 13.0 * point)
+        for ((x, y), name, shade), height in zip(group, heights, strict=True):
+            target = axis.transData.inverted().transform((x if at_point else right, y))
+            axis.annotate(
+                name, target, xytext=(9, (height - y) / point), textcoords="offset points",
+                color=shade, va="center", fontsize=9,
+                fontweight="bold" if name == REFERENCE else "normal", annotation_clip=False,
+            )  # fmt: skip
+
+
+def _pushed_apart(ascending: list[float], gap: float) -> list[float]:
+    """Return heights at least ``gap`` apart, near those given."""
+    heights = list(ascending)
     # Push up from below, then shift each run of touching names back around its middle.
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
-    overshoot = heights[-1] - places[-1][0][1]
+    overshoot = heights[-1] - ascending[-1]
     if overshoot > 0:
         start = len(heights) - 1
         while start > 0 and heights[start] - heights[start - 1] <= gap + 1e-6:
@@ -300,16 +325,7 @@ def _labels(
             heights[i] -= overshoot / 2
         for i in range(start - 1, -1, -1):
             heights[i] = min(heights[i], heights[i + 1] - gap)
-    right = max(p[0][0] for p in places)
-    for (point, name, shade), height in zip(places, heights, strict=True):
-        x = point[0] if at_point else right
-        target = axis.transData.inverted().transform((x, point[1]))
-        shift = (height - point[1]) * 72 / figure.dpi
-        axis.annotate(
-            name, target, xytext=(9, shift), textcoords="offset points", color=shade, va="center",
-            fontsize=9, fontweight="bold" if name == REFERENCE else "normal",
-            annotation_clip=False,
-        )  # fmt: skip
+    return heights
 
 
 def _render(name: str, alt: str, figure: Any) -> Picture:
