@@ -24,6 +24,7 @@ __all__ = ["Picture", "colour", "draw"]
 # Okabe and Ito's palette, told apart with any colour vision; softmax keeps the dark one.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
 _DARK = "#222222"
+_NAME_POINTS = 60.0  # about the width of a long name
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -278,9 +279,6 @@ def _format(axis: Any, show: Callable[[float], str], *, room: float = 2.5) -> No
     axis.set_minor_formatter(NullFormatter())
 
 
-_NAME_POINTS = 60.0  # about the width of a long name
-
-
 def _labels(
     axis: Any, ends: Sequence[tuple[Any, Any, str, str]], *, at_point: bool = False
 ) -> None:
@@ -296,10 +294,13 @@ def _labels(
     for place in places[1:]:
         # Names of far points cannot touch; those at line ends all stand in one column.
         apart = at_point and place[0][0] - groups[-1][-1][0][0] > _NAME_POINTS * point
-        groups.append([place]) if apart else groups[-1].append(place)
+        if apart:
+            groups.append([])
+        groups[-1].append(place)
     right = places[-1][0][0]
     for group in groups:
-        group.sort(key=lambda p: p[0][1])
+        # Of names at one height the one on the right stays: it would be written over by the other.
+        group.sort(key=lambda p: (round(p[0][1]), -p[0][0]))
         heights = _pushed_apart([p[0][1] for p in group], 13.0 * point)
         for ((x, y), name, shade), height in zip(group, heights, strict=True):
             target = axis.transData.inverted().transform((x if at_point else right, y))

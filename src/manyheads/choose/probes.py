@@ -20,7 +20,7 @@ from manyheads.models.language.mixer_encoder import MixerEncoder, MixerEncoderCo
 
 __all__ = ["PROBE_CONFIGS", "build_probe"]
 
-# Sizes that two small layers learn within a few hundred steps where the mechanism allows it.
+# Small, so that a budget of minutes is many steps; what no candidate learns decides nothing.
 PROBE_CONFIGS: dict[str, TaskConfig] = {
     "recall": RecallConfig(vocab_size=16, length=24, pairs=4, filler="zero", power=0.5),
     "copy": CopyConfig(vocab_size=16, symbols=16),

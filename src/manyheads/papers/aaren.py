@@ -18,11 +18,12 @@ from manyheads.attention import (
     softmax_update,
 )
 from manyheads.choose.timing import forward, interleaved
-from manyheads.data.synthetic import RunningConfig, get_task
+from manyheads.data.synthetic import RunningConfig, TaskBatches, get_task
 from manyheads.layers.state import state_bytes
 from manyheads.models.base import create_model
 from manyheads.models.language.aaren import AarenStack, AarenStackConfig
 from manyheads.papers.base import Check, Claim, Measurement, Paper
+from manyheads.papers.small import fit
 
 __all__ = ["PAPER", "measure"]
 
@@ -234,20 +235,14 @@ def _explained(name: str, progress: Progress) -> dict[str, float]:
     for kind, build in builders.items():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(1, 64), build(), nn.Linear(64, 1))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
-        for step in range(_STEPS):
-            if step % 50 == 0:
-                progress(f"{name}, {kind}: step {step} of {_STEPS}")
-            first = step * _BATCH
-            indices = range(first, first + _BATCH)
-            inputs, targets, _ = task.batch(_TASK, seed=0, indices=indices, fold="train")
-            for group in optimizer.param_groups:
-                group["lr"] = _RATE * min(1.0, (step + 1) / 30) * (1 - step / _STEPS)
-            loss = F.mse_loss(model(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+        fit(
+            model,
+            TaskBatches(task, _TASK, batch_size=_BATCH),
+            F.mse_loss,
+            torch.optim.AdamW(model.parameters(), lr=_RATE),
+            steps=_STEPS,
+            progress=lambda text, kind=kind: progress(f"{name}, {kind}: {text}"),  # type: ignore[misc]
+        )
         inputs, targets, _ = task.batch(_TASK, seed=1, indices=range(256), fold="held_out")
         with torch.no_grad():
             left = F.mse_loss(model.eval()(inputs), targets)

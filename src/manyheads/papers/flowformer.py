@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from manyheads.attention import flow, flow_flows, flow_step, flow_update, softmax
 from manyheads.choose.memory import peak_memory
 from manyheads.choose.timing import forward, forward_backward, interleaved
-from manyheads.data.synthetic import CopyConfig, get_task
+from manyheads.data.synthetic import CopyConfig, TaskBatches, get_task
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 from manyheads.papers.base import Check, Claim, Measurement, Paper
+from manyheads.papers.small import fit, held_out_accuracy, token_loss
 
 __all__ = ["PAPER", "conservation_error", "measure", "prefix_error"]
 
@@ -188,26 +188,15 @@ def _copying(name: str, progress: Progress) -> float:
             mlp_ratio=2,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1)
-    for step in range(_STEPS):
-        if step % 50 == 0:
-            progress(f"copying, {name}: step {step} of {_STEPS}")
-        first = step * _BATCH
-        inputs, targets, _ = task.batch(
-            _COPY, seed=0, indices=range(first, first + _BATCH), fold="train"
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = _RATE * min(1.0, (step + 1) / 30) * (1 - step / _STEPS)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    inputs, targets, _ = task.batch(_COPY, seed=1, indices=range(256), fold="held_out")
-    with torch.no_grad():
-        guessed = model(inputs).argmax(-1)
-    real = targets != -100
-    return float((guessed == targets)[real].float().mean())
+    fit(
+        model,
+        TaskBatches(task, _COPY, batch_size=_BATCH),
+        token_loss,
+        torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1),
+        steps=_STEPS,
+        progress=lambda text: progress(f"copying, {name}: {text}"),
+    )
+    return held_out_accuracy(model, task, _COPY, samples=256)
 
 
 PAPER = Paper(

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from manyheads.attention import gla, gla_reference, gla_step, gla_update, softmax
 from manyheads.choose.timing import crossover, forward, forward_backward, interleaved
-from manyheads.data.synthetic import RecallConfig, get_task
+from manyheads.data.synthetic import RecallConfig, TaskBatches, get_task
 from manyheads.layers.state import state_bytes
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 from manyheads.papers.base import Check, Claim, Measurement, Paper
+from manyheads.papers.small import fit, held_out_accuracy, token_loss
 
 __all__ = ["PAPER"]
 
@@ -172,26 +173,15 @@ def _recall(
             mlp_ratio=2,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1)
-    for step in range(_STEPS):
-        if step % 50 == 0:
-            progress(f"recall, {name}, {config.segments} segment(s): step {step} of {_STEPS}")
-        first = step * _BATCH
-        inputs, targets, _ = task.batch(
-            config, seed=0, indices=range(first, first + _BATCH), fold="train"
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = _RATE * min(1.0, (step + 1) / 30) * (1 - step / _STEPS)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    inputs, targets, _ = task.batch(config, seed=1, indices=range(128), fold="held_out")
-    with torch.no_grad():
-        guessed = model(inputs).argmax(-1)
-    real = targets != -100
-    return float((guessed == targets)[real].float().mean())
+    fit(
+        model,
+        TaskBatches(task, config, batch_size=_BATCH),
+        token_loss,
+        torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1),
+        steps=_STEPS,
+        progress=lambda text: progress(f"recall, {name}, {config.segments} segment(s): {text}"),
+    )
+    return held_out_accuracy(model, task, config, samples=128)
 
 
 PAPER = Paper(

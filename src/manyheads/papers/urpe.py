@@ -7,18 +7,19 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from torch.nn import functional as F
 
 from manyheads.attention.urpe import URPEAttention, URPEConfig, urpe, urpe_reference
 from manyheads.data.synthetic import PositionConfig, TaskBatches, get_task
 from manyheads.layers.relative import parameter_groups
 from manyheads.models.language.urpe import URPEEncoder, URPEEncoderConfig
 from manyheads.papers.base import Check, Claim, Measurement, Paper
+from manyheads.papers.small import fit, held_out_accuracy, token_loss
 
 __all__ = ["PAPER", "constant_input_spread", "measure", "task_accuracy"]
 
-_BATCH, _RATE, _TABLE_RATE = 64, 3e-3, 9e-2
-_STEPS = {"pi": 240, "etp": 400}
+_BATCH, _RATE, _TABLE_RATE = 64, 3e-3, 1e-2
+_SEEDS = (0, 1)
+_STEPS = {"pi": 480, "etp": 800}
 _TASKS = {
     "pi": PositionConfig(words=50, length=32),
     "etp": PositionConfig(words=50, length=16),
@@ -49,6 +50,7 @@ def task_accuracy(
     name: Literal["pi", "etp"],
     kind: Kind,
     *,
+    seed: int = 0,
     steps: int | None = None,
     progress: Progress = lambda text: None,
 ) -> float:
@@ -57,12 +59,13 @@ def task_accuracy(
     Args:
         name: "pi" or "etp".
         kind: of the multiplier: "unique" (URPE) or "none" (a relative bias alone).
+        seed: of the weights.
         steps: of training, those of the claim unless given.
         progress: told what is going on.
     """
     task, sizes = get_task(name), _TASKS[name]
     steps = _STEPS[name] if steps is None else steps
-    with _seeded(0):
+    with _seeded(seed):
         model = URPEEncoder(
             URPEEncoderConfig(
                 vocab_size=sizes.num_tokens,
@@ -79,27 +82,16 @@ def task_accuracy(
     weights, tables = parameter_groups(model, weight_decay=0)
     # Tables start at 1 and nearly 0 and have far to go: they learn faster than the weights.
     groups = [weights | {"lr": _RATE}, tables | {"lr": _TABLE_RATE}]
-    optimizer = torch.optim.Adam(groups)
-    warm = steps // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (steps - step) / (steps - warm))
+    kind_of = "with C" if kind != "none" else "bias alone"
+    fit(
+        model,
+        TaskBatches(task, sizes, batch_size=_BATCH),
+        token_loss,
+        torch.optim.Adam(groups),
+        steps=steps,
+        progress=lambda text: progress(f"{name}, {kind_of}: {text}"),
     )
-    batches = TaskBatches(task, sizes, batch_size=_BATCH, seed=0)
-    for step in range(steps):
-        if step % 40 == 0:
-            with_c = "with C" if kind != "none" else "bias alone"
-            progress(f"{name}, {with_c}: step {step} of {steps}")
-        inputs, targets, _ = next(batches)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    inputs, targets, _ = task.batch(sizes, seed=1, indices=range(256), fold="held_out")
-    with torch.no_grad():
-        guessed = model(inputs).argmax(-1)
-    scored = targets != -100
-    return float((guessed == targets)[scored].float().mean())
+    return held_out_accuracy(model, task, sizes, samples=256)
 
 
 def measure(progress: Progress) -> Measurement:
@@ -107,7 +99,10 @@ def measure(progress: Progress) -> Measurement:
     progress("equal tokens")
     alone, spread = (constant_input_spread(multiplier=m) for m in (False, True))
     accuracy = {
-        name: {kind: task_accuracy(name, kind, progress=progress) for kind in ("unique", "none")}
+        name: {
+            kind: [task_accuracy(name, kind, seed=s, progress=progress) for s in _SEEDS]
+            for kind in ("unique", "none")
+        }
         for name in ("pi", "etp")
     }
     progress("blocks against the matrix")
@@ -134,15 +129,15 @@ def measure(progress: Progress) -> Measurement:
         ("pi", "position identification, 32 tokens", 0.95),
         ("etp", "even token prediction, 16 tokens", 0.9),
     ):
-        own, other = accuracy[name]["unique"], accuracy[name]["none"]
+        own, other = min(accuracy[name]["unique"]), max(accuracy[name]["none"])
         checks.append(
             Check(
-                what=f"{what}: accuracy with C",
+                what=f"{what}: accuracy with C, the worst of {len(_SEEDS)} seeds",
                 claimed="about 100 %, a relative bias alone fails",
                 measured=own,
                 direction=own > other + 0.2,
                 size=own > least,
-                bound=f"above {least} and 0.2 above the bias alone, which has {other:.3f}",
+                bound=f"above {least} and 0.2 above the best of the bias alone, {other:.3f}",
             )
         )
     checks.append(
