@@ -90,8 +90,8 @@ MUTATIONS = (
         "transnormer: the norm's gradient loses a factor",
         "transnormer",
         "attention/norm/fast.py",
-        "* (size / (rms * count))",
-        "/ count * 0.9",
+        "/ rms * (size / count)",
+        "/ rms * (size / count) * 0.9",
     ),
     Mutation(
         "transnormer: the reflection is halved",
