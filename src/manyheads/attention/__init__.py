@@ -65,6 +65,7 @@ from manyheads.attention.routing import (
     RoutingAttention,
     RoutingConfig,
     RoutingState,
+    SphericalKMeans,
     blocked_local,
     blocked_local_update,
     kmeans_loss,
@@ -77,6 +78,8 @@ from manyheads.attention.routing import (
     routing_select,
     routing_step,
     routing_update,
+    spherical_loss,
+    spherical_routing,
 )
 from manyheads.attention.softmax import (
     SoftmaxAttention,
@@ -120,6 +123,7 @@ __all__ = [
     "RoutingState",
     "SoftmaxAttention",
     "SoftmaxConfig",
+    "SphericalKMeans",
     "URPEAttention",
     "URPEConfig",
     "aaren",
@@ -170,6 +174,8 @@ __all__ = [
     "softmax_step",
     "softmax_update",
     "softmax_weights",
+    "spherical_loss",
+    "spherical_routing",
     "urpe",
     "urpe_from_lse",
     "urpe_reference",

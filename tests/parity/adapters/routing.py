@@ -16,8 +16,14 @@ from manyheads.attention import (
     routing_distances,
     routing_normalize,
     routing_select,
+    spherical_loss,
+    spherical_routing,
 )
 from manyheads.models.language.routing import RoutingLM, RoutingLMConfig, shift_right
+from manyheads.models.language.routing_pytorch import (
+    RoutingTransformerLM,
+    RoutingTransformerLMConfig,
+)
 from parity.golden import Golden, adapter
 
 _CLUSTER = "cluster_attention/cluster_attention/"
@@ -123,3 +129,44 @@ def language_model(golden: Golden) -> dict[str, Tensor]:
         "out.training_loss": entropy,
         "out.extra_loss": clustering,
     }
+
+
+@adapter("routing", "torch_kmeans_attention_causal_shared")
+def pytorch_attention(golden: Golden) -> dict[str, Tensor]:
+    c = golden.config
+    golden.options("b", "h", "t", "d", "num_clusters", "window", "causal", "shared_qk")
+    (q,) = golden.leaves("q")
+    k = q if c["shared_qk"] else golden.inputs["k"]
+    masks = {
+        n: None if (m := golden.inputs.get(f)) is None else m.bool()
+        for n, f in (("mask", "query_mask"), ("key_mask", "key_mask"))
+    }
+    means = golden.weights["kmeans.means"]
+    out = spherical_routing(
+        q,
+        k,
+        golden.inputs["v"],
+        means,
+        window=c["window"],
+        is_causal=c["causal"],
+        share_qk=c["shared_qk"],
+        memory_key=golden.weights["mem_key"],
+        memory_value=golden.weights["mem_value"],
+        **masks,
+    )
+    out.sum().backward()
+    assert q.grad is not None
+    tokens = (q,) if c["shared_qk"] else (q, k)
+    loss = spherical_loss(*tokens, means=means)
+    return {"out.out": out, "out.aux_loss": loss, "grad.q": q.grad}
+
+
+@adapter("routing", "torch_tiny_lm")
+def pytorch_language_model(golden: Golden) -> dict[str, Tensor]:
+    config = RoutingTransformerLMConfig.from_official(golden.config)
+    model = RoutingTransformerLM(config).load_official(golden.weights).eval()
+    mask = golden.inputs.get("input_mask")
+    logits, loss = model.forward_with_loss(
+        golden.inputs["ids"], mask=None if mask is None else mask.bool()
+    )
+    return {"out.logits": logits, "out.aux_loss": loss}

@@ -42,6 +42,11 @@ from manyheads.attention.routing.local import (
 )
 from manyheads.attention.routing.module import RoutingAttention, RoutingLayerState
 from manyheads.attention.routing.op import routing
+from manyheads.attention.routing.spherical import (
+    SphericalKMeans,
+    spherical_loss,
+    spherical_routing,
+)
 from manyheads.attention.routing.stream import routing_init, routing_update
 from manyheads.registry import Mechanism, Shape, register_mechanism
 
@@ -54,6 +59,7 @@ __all__ = [
     "RoutingLayerState",
     "RoutingState",
     "Selection",
+    "SphericalKMeans",
     "blocked_local",
     "blocked_local_update",
     "kmeans_loss",
@@ -67,6 +73,8 @@ __all__ = [
     "routing_select",
     "routing_step",
     "routing_update",
+    "spherical_loss",
+    "spherical_routing",
 ]
 
 _CLUSTERS, _WINDOW = 8, 64

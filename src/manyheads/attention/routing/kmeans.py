@@ -16,7 +16,15 @@ from manyheads.attention.routing.definition import (
     routing_normalize,
 )
 
-__all__ = ["KMeansState", "OnlineKMeans", "kmeans_loss", "kmeans_sums", "kmeans_update"]
+__all__ = [
+    "FollowedCentroids",
+    "KMeansState",
+    "OnlineKMeans",
+    "kmeans_loss",
+    "kmeans_sums",
+    "kmeans_update",
+    "widened",
+]
 
 _EPS = 1e-5
 
@@ -95,7 +103,7 @@ def _mean_square(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x.square() * share).sum() / (share.sum() * x.shape[1] * x.shape[3]).clamp_min(1)
 
 
-class OnlineKMeans(nn.Module):
+class FollowedCentroids(nn.Module):
     """Centroids that follow what they are shown, one step for each optimizer step.
 
     ``observe`` adds a batch to sums that wait. They are applied, summed over the processes of
@@ -103,6 +111,86 @@ class OnlineKMeans(nn.Module):
     watched parameters changed: micro-batches of gradient accumulation give one step, and the
     forward pass that activation checkpointing repeats adds nothing. Under torch.compile, where
     neither can be seen, every training batch is a step of its own.
+    """
+
+    follows = True
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        # Not buffers: DistributedDataParallel copies the buffers of the first process to all.
+        self._waiting: tuple[Tensor, Tensor] | None = None
+        self._versions: tuple[int, ...] = ()
+
+    def _sums(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the numbers (H, C) and sums (H, C, D) of members."""
+        raise NotImplementedError
+
+    def _move(self, count: Tensor, total: Tensor) -> None:
+        """Make one step."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def prepare(self, watched: Iterable[nn.Parameter]) -> None:
+        """Apply what waits if a watched parameter was changed since; call before a forward."""
+        if not self._learns() or torch.compiler.is_compiling():
+            return
+        versions = tuple(p._version for p in watched)
+        if versions != self._versions:
+            self.update_centroids()
+            self._versions = versions
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, *, mask: Tensor | None = None) -> None:
+        """Add normalised tokens (B, H, N, D) to the sums, in training mode only."""
+        if not self._learns():
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            count, total = self._sums(widened(x.detach()), mask)
+        if torch.compiler.is_compiling():
+            self._move(*self._over_processes(count, total))
+        elif self._waiting is None:
+            self._waiting = count, total
+        else:
+            self._waiting = count + self._waiting[0], total + self._waiting[1]
+
+    @torch.no_grad()
+    def update_centroids(self) -> None:
+        """Move the centroids by what was observed; every process of a group has to call it."""
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._move(*self._over_processes(*waiting))
+
+    @staticmethod
+    def _over_processes(count: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = torch.cat((count[..., None], total), -1)
+            torch.distributed.all_reduce(sums)
+            return sums[..., 0], sums[..., 1:]
+        return count, total
+
+    def _learns(self) -> bool:
+        """Whether this is training, and not the repeated forward inside a backward pass."""
+        if not (self.follows and self.training):
+            return False
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Move and cast as usual, but keep the averages in float32 at least."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, old.to(new.device))
+        if self._waiting is not None:
+            device = next(self.buffers()).device
+            self._waiting = self._waiting[0].to(device), self._waiting[1].to(device)
+        return self
+
+
+class OnlineKMeans(FollowedCentroids):
+    """The paper's centroids: moving averages of the sums and numbers of their members.
 
     Args:
         heads, clusters, dim: H, C, D.
@@ -127,8 +215,8 @@ class OnlineKMeans(nn.Module):
         ema: bool = True,
         mixed_counts: bool = False,
     ) -> None:
-        super().__init__()
-        self.decay, self.beta, self.ema, self.mixed_counts = decay, beta, ema, mixed_counts
+        super().__init__(decay)
+        self.beta, self.follows, self.mixed_counts = beta, ema, mixed_counts
         means = routing_normalize(torch.randn(heads, clusters, dim))
         if ema:
             self.register_buffer("means", means)
@@ -136,9 +224,6 @@ class OnlineKMeans(nn.Module):
             self.register_buffer("ema_means", means.clone())
         else:
             self.means = nn.Parameter(means)
-        # Not buffers: DistributedDataParallel copies the buffers of the first process to all.
-        self._waiting: tuple[Tensor, Tensor] | None = None
-        self._versions: tuple[int, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the distances (B, H, N, C) of normalised x (B, H, N, D)."""
@@ -147,76 +232,22 @@ class OnlineKMeans(nn.Module):
     def loss(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Return :func:`kmeans_loss` of normalised x (B, H, N, D)."""
         with torch.autocast(x.device.type, enabled=False):
-            return kmeans_loss(
-                self._widened(x), self.means, beta=self.beta, ema=self.ema, mask=mask
-            )
+            return kmeans_loss(widened(x), self.means, beta=self.beta, ema=self.follows, mask=mask)
 
-    @torch.no_grad()
-    def prepare(self, watched: Iterable[nn.Parameter]) -> None:
-        """Apply what waits if a watched parameter was changed since; call before a forward."""
-        if not self._learns() or torch.compiler.is_compiling():
-            return
-        versions = tuple(p._version for p in watched)
-        if versions != self._versions:
-            self.update_centroids()
-            self._versions = versions
+    def _sums(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return kmeans_sums(x, self.means, mask=mask, mixed_counts=self.mixed_counts)
 
-    @torch.no_grad()
-    def observe(self, x: Tensor, *, mask: Tensor | None = None) -> None:
-        """Add normalised tokens (B, H, N, D) to the sums, in training mode only."""
-        if not self._learns():
-            return
-        with torch.autocast(x.device.type, enabled=False):
-            count, total = kmeans_sums(
-                self._widened(x.detach()), self.means, mask=mask, mixed_counts=self.mixed_counts
-            )
-        if self._waiting is not None:
-            count, total = count + self._waiting[0], total + self._waiting[1]
-        if torch.compiler.is_compiling():
-            self._apply_sums(count, total)
-        else:
-            self._waiting = count, total
-
-    @torch.no_grad()
-    def update_centroids(self) -> None:
-        """Move the centroids by what was observed; every process of a group has to call it."""
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            self._apply_sums(*waiting)
-
-    def _apply_sums(self, count: Tensor, total: Tensor) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = torch.cat((count[..., None], total), -1)
-            torch.distributed.all_reduce(sums)
-            count, total = sums[..., 0], sums[..., 1:]
+    def _move(self, count: Tensor, total: Tensor) -> None:
         old = KMeansState(self.means, self.ema_count, self.ema_means)
         new = kmeans_update(old, count.to(old.means), total.to(old.means), decay=self.decay)
         for buffer, value in zip(old, new, strict=True):
             buffer.copy_(value)
 
-    def _learns(self) -> bool:
-        """Whether this is training, and not the repeated forward inside a backward pass."""
-        if not (self.ema and self.training):
-            return False
-        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
-
-    @staticmethod
-    def _widened(x: Tensor) -> Tensor:
-        return x.to(torch.promote_types(x.dtype, torch.float32))
-
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """Move and cast as usual, but keep the averages in float32 at least."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, old.to(new.device))
-        if self._waiting is not None:
-            device = self.means.device
-            self._waiting = self._waiting[0].to(device), self._waiting[1].to(device)
-        return self
-
     def extra_repr(self) -> str:
         heads, clusters, dim = self.means.shape
-        return f"heads={heads}, clusters={clusters}, dim={dim}, decay={self.decay}, ema={self.ema}"
+        return f"heads={heads}, clusters={clusters}, dim={dim}, decay={self.decay}"
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
