@@ -108,6 +108,20 @@ MUTATIONS = (
         ".triu(2)",
     ),
     Mutation(
+        "routing: the ranks of a block are off by one",
+        "routing",
+        "attention/routing/relative.py",
+        "first = 1 - queries - shift",
+        "first = -queries - shift",
+    ),
+    Mutation(
+        "routing: the constant beside the number of clusters is left out",
+        "routing",
+        "attention/routing/fast.py",
+        "return (total / (count + eps)[:, None])",
+        "return (total / count.clamp_min(1)[:, None])",
+    ),
+    Mutation(
         "urpe: the multiplier is left out forwards",
         "urpe",
         "attention/urpe/fast.py",

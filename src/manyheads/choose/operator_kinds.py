@@ -57,8 +57,9 @@ _LIGHT = """
     batch_norm_backward bernoulli binary_cross_entropy binary_cross_entropy_backward
     binary_cross_entropy_with_logits bincount binomial bucketize cauchy count_nonzero cummax
     cummin cumprod cumsum dense_dim dist elu_backward embedding_dense_backward embedding_renorm
-    exponential fractional_max_pool2d fractional_max_pool2d_backward fractional_max_pool3d
-    fractional_max_pool3d_backward geometric glu glu_backward glu_backward_jvp glu_jvp
+    exponential floor_divide fractional_max_pool2d fractional_max_pool2d_backward
+    fractional_max_pool3d fractional_max_pool3d_backward geometric glu glu_backward
+    glu_backward_jvp glu_jvp
     grid_sampler_2d grid_sampler_2d_backward grid_sampler_3d grid_sampler_3d_backward
     hardshrink_backward hardsigmoid_backward hardswish hardswish_backward hardtanh_backward
     hash_tensor histc histogram huber_loss huber_loss_backward index_add index_reduce

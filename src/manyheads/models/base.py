@@ -36,6 +36,8 @@ _FILES = (
     "manyheads.models.language.gla",
     "manyheads.models.language.mixer_encoder",
     "manyheads.models.language.mixer_lm",
+    "manyheads.models.language.routing",
+    "manyheads.models.language.routing_pytorch",
     "manyheads.models.language.transnormer",
     "manyheads.models.language.transnormer_encoder",
     "manyheads.models.language.transnormer_lra",
