@@ -83,8 +83,11 @@ class MambaConfig(Config):
 
 
 class MambaLayerState(NamedTuple):
-    """What the official cache holds: ``conv`` (B, E, W), the last W inputs of the convolution,
-    newest last, and ``ssm`` (B, E, D), the states, float32 at least."""
+    """The decoding state of a block, as the official cache holds it.
+
+    ``conv`` (B, E, W): the last W inputs of the convolution, newest last. ``ssm`` (B, E, D): the
+    states, float32 at least.
+    """
 
     conv: Tensor
     ssm: Tensor
@@ -174,9 +177,10 @@ class MambaMixer(SequenceMixer):
 
     def step(self, x: Tensor, state: MambaLayerState) -> tuple[Tensor, MambaLayerState]:
         (q, k, v, delta, z), conv = self._project(x[:, None], state.conv, None)
-        tokens = (t.squeeze(2) for t in (q, k, v, delta))
+        q, k, v, delta, z = (t.squeeze(2) for t in (q, k, v, delta, z))
+        rates, skip, bias = self._constants()
         out, memory = mamba_step(
-            self._memory(state), *tokens, self._rates(), gate=z.squeeze(2), **self._constants()
+            self._memory(state), q, k, v, delta, rates, skip=skip, gate=z, delta_bias=bias
         )
         y = self.out_proj(out.flatten(1).to(x.dtype))
         return y, MambaLayerState(conv, memory.memory.flatten(1, 2))
@@ -188,8 +192,9 @@ class MambaMixer(SequenceMixer):
         before = None if state is None else state.conv
         (q, k, v, delta, z), conv = self._project(x, before, mask)
         memory = None if state is None else self._memory(state)
+        rates, skip, bias = self._constants()
         out, after = mamba_update(
-            memory, q, k, v, delta, self._rates(), gate=z, mask=mask, **self._constants()
+            memory, q, k, v, delta, rates, skip=skip, gate=z, delta_bias=bias, mask=mask
         )
         y = self.out_proj(merge_heads(out).to(x.dtype))
         if mask is not None:
@@ -208,13 +213,12 @@ class MambaMixer(SequenceMixer):
         delta = F.linear(delta, self.dt_proj.weight)
         return tuple(split_heads(t, c.num_heads) for t in (q, k, u, delta, z)), last.mT
 
-    def _rates(self) -> Tensor:
+    def _constants(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rates (G, V, D), the skip and the steps' bias (G, V)."""
         wide = torch.promote_types(self.a_log.dtype, torch.float32)
-        return -self.a_log.to(wide).exp().unflatten(0, (self.config.num_heads, -1))
-
-    def _constants(self) -> dict[str, Tensor]:
-        shape = (self.config.num_heads, -1)
-        return {"skip": self.skip.view(shape), "delta_bias": self.dt_proj.bias.view(shape)}
+        tensors = (-self.a_log.to(wide).exp(), self.skip, self.dt_proj.bias)
+        rates, skip, bias = (t.unflatten(0, (self.config.num_heads, -1)) for t in tensors)
+        return rates, skip, bias
 
     def _memory(self, state: MambaLayerState) -> MambaState:
         return MambaState(state.ssm.unflatten(1, (self.config.num_heads, -1)))
