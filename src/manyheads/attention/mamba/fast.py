@@ -38,8 +38,8 @@ def mamba_chunked(
 
 
 def _cut(t: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens start:stop of (B, H, N, ·) as (T, B, H, ·)."""
-    return t[:, :, start:stop].permute(2, 0, 1, 3)
+    """Tokens start:stop of (B, H, N, ·) as (T, B, H, ·), channels innermost in memory too."""
+    return t[:, :, start:stop].permute(2, 0, 1, 3).contiguous()
 
 
 def _buffer(query: Tensor, a: Tensor, chunk_size: int) -> Tensor:
