@@ -149,6 +149,34 @@ MUTATIONS = (
         "m = torch.maximum(scores.cummax(-1).values, maximum[..., None])",
         "m = torch.maximum(scores.amax(-1, keepdim=True) * 0 + scores, maximum[..., None])",
     ),
+    Mutation(
+        "mamba: the gradient of the decay sees the state after the token",
+        "quamba",
+        "attention/mamba/fast.py",
+        "e[1:].mul_(states[:-1])",
+        "e[1:].mul_(states[1:])",
+    ),
+    Mutation(
+        "mamba: the input enters without its step",
+        "quamba",
+        "attention/mamba/fast.py",
+        "_states(steps, k, steps * _cut(value, start, stop), a",
+        "_states(steps, k, _cut(value, start, stop), a",
+    ),
+    Mutation(
+        "mamba: B and C change places",
+        "quamba",
+        "attention/mamba/module.py",
+        "delta, k, q = self.x_proj(u)",
+        "delta, q, k = self.x_proj(u)",
+    ),
+    Mutation(
+        "mamba: the norm's eps in the model",
+        "quamba",
+        "models/language/mamba.py",
+        "self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)\n        self.mixer",
+        "self.norm = RMSNorm(config.embed_dim, eps=1e-1)\n        self.mixer",
+    ),
 )
 
 

@@ -24,6 +24,7 @@ _FILES = {
     "diag": "manyheads.attention.diag",
     "flow": "manyheads.attention.flow",
     "gla": "manyheads.attention.gla",
+    "mamba": "manyheads.attention.mamba",
     "norm": "manyheads.attention.norm",
     "routing": "manyheads.attention.routing",
     "softmax": "manyheads.attention.softmax",

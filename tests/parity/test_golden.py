@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parity.adapters import implemented, load_adapters
-from parity.golden import ADAPTERS, Golden, check, golden_files
+from parity.golden import ADAPTERS, NOT_YET, Golden, check, golden_files
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -24,6 +24,9 @@ def test_golden(path: Path) -> None:
     load_adapters()
     golden = Golden.read(path)
     key = (golden.meta["system"], golden.meta["kind"])
+    if key in NOT_YET:
+        assert key not in ADAPTERS, f"{key[1]!r} of {key[0]!r} is in: take it off the list"
+        pytest.skip(f"{key[1]} of {slug} is not in the library yet")
     assert key in ADAPTERS, f"no adapter for the kind {key[1]!r} of {key[0]!r}"
     torch.manual_seed(0)
     check(golden, ADAPTERS[key](golden))
