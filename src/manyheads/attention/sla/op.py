@@ -12,10 +12,11 @@ from torch import Tensor
 
 from manyheads.attention.sla.blocks import BlockRule, Selection, select
 from manyheads.attention.sla.linear import feature_map_of, linear_all, linear_marginal
+from manyheads.attention.sla.rows import Rows
 from manyheads.attention.sla.sparse import sparse_attention
 from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv
-from manyheads.layers.ragged import Compaction, check_mask, compact, map_packed
+from manyheads.layers.ragged import map_packed
 
 __all__ = ["VARIANTS", "SLAParts", "Variant", "check_options", "sla", "sla_parts"]
 
@@ -40,7 +41,7 @@ class SLAParts(NamedTuple):
 
     @property
     def sparsity(self) -> float:
-        """Share of the map that softmax attention does not compute."""
+        """Share of the map that softmax attention does not compute (padding counts as such)."""
         return 1.0 - float((self.block_map == 1).double().mean())
 
 
@@ -124,8 +125,8 @@ def sla(
         >>> sla(q, k, v, torch.eye(32), topk=0.2).shape
         torch.Size([1, 2, 1000, 32])
     """
-    rule = BlockRule(topk, negligible if variant == "paper" else 0.0, block_q, block_k)
-    _check(query, key, value, rule, feature_map, variant, is_causal)
+    given = BlockRule(topk, negligible, block_q, block_k)
+    rule = _checked(query, key, value, given, feature_map, variant, is_causal)
     _check_projection(projection, bias, value.shape[-1])
     if cu_seqlens is not None:
         if mask is not None or query_mask is not None:
@@ -140,7 +141,7 @@ def sla(
             cu_seqlens,
         )  # fmt: skip
         return out
-    rows = _Rows(query, key, value, mask, query_mask)
+    rows = Rows(query, key, value, mask, query_mask)
     with torch.autocast(query.device.type, enabled=False):
         selection, out = _sparse(rows, rule, scale)
         if projection is not None:
@@ -185,67 +186,16 @@ def sla_parts(
         >>> parts.block_map.shape, parts.sparsity
         (torch.Size([1, 2, 16, 16]), 0.75)
     """
-    rule = BlockRule(topk, negligible if variant == "paper" else 0.0, block_q, block_k)
-    _check(query, key, value, rule, feature_map, variant, is_causal)
-    rows = _Rows(query, key, value, mask, query_mask)
+    given = BlockRule(topk, negligible, block_q, block_k)
+    rule = _checked(query, key, value, given, feature_map, variant, is_causal)
+    rows = Rows(query, key, value, mask, query_mask)
     with torch.autocast(query.device.type, enabled=False):
         selection, sparse = _sparse(rows, rule, scale)
         linear = _linear(rows, rule, selection, feature_map, variant)
     return SLAParts(rows.back(sparse), rows.back(linear), selection.block_map)
 
 
-class _Rows:
-    """Queries, keys and values, widened, with the real tokens of each row at its front.
-
-    What stands behind them is 0. ``lengths`` counts the real queries and keys, (B) both, or is
-    None twice: blocks are then full but for the last.
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        query_mask: Tensor | None,
-    ) -> None:
-        batch, _, queries, _ = query.shape
-        keys = key.shape[2]
-        mask = check_mask(mask, batch, keys)
-        if query_mask is None and queries == keys:
-            query_mask = mask
-        query_mask = check_mask(query_mask, batch, queries)
-        self.dtype = query.dtype
-        work = torch.promote_types(query.dtype, torch.float32)
-        self.query, self.key, self.value = (t.to(work) for t in (query, key, value))
-        self.lengths: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
-        self.front: Tensor | None = None  # (B, M) real keys
-        if mask is None and query_mask is None:
-            return
-        if mask is None:
-            mask = query.new_ones(batch, keys, dtype=torch.bool)
-        if query_mask is None:
-            query_mask = query.new_ones(batch, queries, dtype=torch.bool)
-        self.lengths = query_mask.sum(1), mask.sum(1)
-        self.moved, moved = compact(query_mask), compact(mask)
-        self.answered = query_mask & mask.any(1, keepdim=True)
-        self.front = moved.front
-        self.query = _front(self.query, self.moved)
-        self.key, self.value = _front(self.key, moved), _front(self.value, moved)
-
-    def back(self, out: Tensor) -> Tensor:
-        """Return an output to the places and the dtype of the queries; padded ones are 0."""
-        if self.front is not None:
-            out = self.moved.scatter(out, dim=2)
-            out = out.masked_fill(~self.answered[:, None, :, None], 0)
-        return out.to(self.dtype)
-
-
-def _front(x: Tensor, moved: Compaction) -> Tensor:
-    return moved.gather(x, dim=2).masked_fill(~moved.front[:, None, :, None], 0)
-
-
-def _sparse(rows: _Rows, rule: BlockRule, scale: float | None) -> tuple[Selection, Tensor]:
+def _sparse(rows: Rows, rule: BlockRule, scale: float | None) -> tuple[Selection, Tensor]:
     scale = rows.query.shape[-1] ** -0.5 if scale is None else scale
     selection = select(rows.query, rows.key, rule, rows.lengths)
     out = sparse_attention(
@@ -260,7 +210,7 @@ def _sparse(rows: _Rows, rule: BlockRule, scale: float | None) -> tuple[Selectio
     return selection, out
 
 
-def _features(rows: _Rows, feature_map: str) -> tuple[Tensor, Tensor]:
+def _features(rows: Rows, feature_map: str) -> tuple[Tensor, Tensor]:
     phi = feature_map_of(feature_map)
     query, key = phi(rows.query), phi(rows.key)
     if rows.front is not None:  # φ(0) need not be 0
@@ -269,7 +219,7 @@ def _features(rows: _Rows, feature_map: str) -> tuple[Tensor, Tensor]:
 
 
 def _linear(
-    rows: _Rows, rule: BlockRule, selection: Selection, feature_map: str, variant: Variant
+    rows: Rows, rule: BlockRule, selection: Selection, feature_map: str, variant: Variant
 ) -> Tensor:
     query, key = _features(rows, feature_map)
     if variant == "main":
@@ -277,7 +227,7 @@ def _linear(
     return linear_marginal(query, key, rows.value, selection.block_map, rule.block_q, rule.block_k)
 
 
-def _check(
+def _checked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -285,7 +235,8 @@ def _check(
     feature_map: str,
     variant: str,
     is_causal: bool,
-) -> None:
+) -> BlockRule:
+    """Check what both functions are given; return the rule as this variant has it."""
     check_qkv(query, key, value)
     check_options(**rule._asdict(), feature_map=feature_map, variant=variant)
     for name, t in (("query", query), ("key", key)):
@@ -296,6 +247,7 @@ def _check(
             "sla has no causal form: blocks are chosen by means over whole blocks, which look "
             "ahead; pass is_causal=False, or use another mechanism"
         )
+    return rule if variant == "paper" else rule._replace(negligible=0.0)
 
 
 def _check_projection(projection: Tensor | None, bias: Tensor | None, dim: int) -> None:
