@@ -135,6 +135,27 @@ MUTATIONS = (
         "m = torch.maximum(scores.cummax(-1).values, maximum[..., None])",
         "m = torch.maximum(scores.amax(-1, keepdim=True) * 0 + scores, maximum[..., None])",
     ),
+    Mutation(
+        "sla: the row sums of the softmax are left out of its gradient",
+        "sla",
+        "attention/sla/sparse.py",
+        "torch.bmm(g[rows], values.mT).sub_(delta[rows])",
+        "torch.bmm(g[rows], values.mT)",
+    ),
+    Mutation(
+        "sla: negligible blocks count as marginal",
+        "sla",
+        "attention/sla/linear.py",
+        "(block_map == 0)",
+        "(block_map != 1)",
+    ),
+    Mutation(
+        "sla: one absent key of the last block is seen",
+        "sla",
+        "attention/sla/sparse.py",
+        "absent = (places >= counts[..., None])",
+        "absent = (places > counts[..., None])",
+    ),
 )
 
 
