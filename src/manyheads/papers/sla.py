@@ -225,6 +225,7 @@ PAPER = Paper(
         "manyheads.attention.SLAAttention",
         "manyheads.attention.draw_block_map",
     ),
+    recipe="manyheads train classify --mixers sla*4",
     claim=Claim(
         statement=(
             "With 5 % of the blocks computed exactly, attention costs 20 times fewer FLOPs and is "
