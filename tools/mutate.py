@@ -176,6 +176,25 @@ MUTATIONS = (
         "models/language/mamba.py",
         "self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)\n        self.mixer",
         "self.norm = RMSNorm(config.embed_dim, eps=1e-1)\n        self.mixer",
+        "sla: the row sums of the softmax are left out of its gradient",
+        "sla",
+        "attention/sla/sparse.py",
+        "torch.bmm(g[rows], values.mT).sub_(delta[rows])",
+        "torch.bmm(g[rows], values.mT)",
+    ),
+    Mutation(
+        "sla: negligible blocks count as marginal",
+        "sla",
+        "attention/sla/linear.py",
+        "(block_map == 0)",
+        "(block_map != 1)",
+    ),
+    Mutation(
+        "sla: one absent key of the last block is seen",
+        "sla",
+        "attention/sla/sparse.py",
+        "absent = (places >= counts[..., None])",
+        "absent = (places > counts[..., None])",
     ),
 )
 

@@ -27,6 +27,7 @@ _FILES = {
     "mamba": "manyheads.attention.mamba",
     "norm": "manyheads.attention.norm",
     "routing": "manyheads.attention.routing",
+    "sla": "manyheads.attention.sla",
     "softmax": "manyheads.attention.softmax",
     "urpe": "manyheads.attention.urpe",
 }

@@ -30,6 +30,7 @@ __all__ = [
 
 # Files that register variants when imported.
 _FILES = (
+    "manyheads.models.diffusion.sla",
     "manyheads.models.language.aaren",
     "manyheads.models.language.flowformer",
     "manyheads.models.language.flowformer_classifier",
