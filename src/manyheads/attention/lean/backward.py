@@ -105,7 +105,8 @@ def _backward_op(
             scores = (q_ * scale) @ k_.mT
             if limits is not None:
                 hide(scores, limits, a, b)
-            weights = scores.sub_(lse_).exp_()
+            # A weight is at most 1; huge scores, made anew, may differ by more than that allows.
+            weights = scores.sub_(lse_).clamp_max_(0).exp_()
             dv[place][a:b].addmm_(weights.mT, g_)
             slope = (g_ @ v_.mT).sub_(along_).mul_(weights).mul_(scale)
             total.addmm_(slope, k_)

@@ -33,7 +33,7 @@ def lean_packed(
     scale: float | None = None,
     workers: int | None = None,
     tile: int = 256,
-    order: Order = "head",
+    order: Order = "request",
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lean attention to caches that lie one behind another. Exact; for decoding: no gradients.
@@ -58,9 +58,9 @@ def lean_packed(
     borders = check_cu_seqlens(cu_seqlens, 1, key.shape[0])
     sizes = [b - a for a, b in pairwise(borders)]
 
-    def read(request: int, head: int, a: int, b: int) -> tuple[Tensor, Tensor]:
-        start = borders[request]
-        return key[start + a : start + b, head], value[start + a : start + b, head]
+    def read(request: int, heads: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        span = slice(borders[request] + keys.start, borders[request] + keys.stop)
+        return key[span, heads].transpose(0, 1), value[span, heads].transpose(0, 1)
 
     return _decode(
         query, key, value, read, sizes, heads=key.shape[1], is_causal=is_causal, scale=scale,
@@ -79,7 +79,7 @@ def lean_paged(
     scale: float | None = None,
     workers: int | None = None,
     tile: int = 256,
-    order: Order = "head",
+    order: Order = "request",
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lean attention to caches scattered over pages. Exact; for decoding: no gradients.
@@ -119,16 +119,19 @@ def lean_paged(
                 f"page_table row {row} names page {wrong[0]}: there are {len(key_pages)} pages"
             )
 
-    def read(request: int, head: int, a: int, b: int) -> tuple[Tensor, Tensor]:
-        pages = table[request][a // page : -(-b // page)]
-        first = a // page * page
+    def read(request: int, heads: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        pages = table[request][keys.start // page : -(-keys.stop // page)]
+        first = keys.start // page * page
+        own = slice(keys.start - first, keys.stop - first)
         if len(pages) == 1:
-            return tuple(t[pages[0], head, a - first : b - first] for t in caches)  # type: ignore[return-value]
+            return key_pages[pages[0], heads, own], value_pages[pages[0], heads, own]
         index = torch.tensor(pages, device=key_pages.device)
-        taken = (t[:, head].index_select(0, index).flatten(0, 1) for t in caches)
-        return tuple(t[a - first : b - first] for t in taken)  # type: ignore[return-value]
+        key, value = (
+            t[:, heads].index_select(0, index).transpose(0, 1).flatten(1, 2)[:, own]
+            for t in (key_pages, value_pages)
+        )
+        return key, value
 
-    caches = key_pages, value_pages
     return _decode(
         query, key_pages, value_pages, read, sizes, heads=key_pages.shape[1],
         is_causal=is_causal, scale=scale, workers=workers, tile=tile, order=order, dealt=plan,

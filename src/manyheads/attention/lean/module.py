@@ -28,7 +28,7 @@ class LeanConfig(SoftmaxConfig):
 
     workers: int | None = None
     tile: int = 256
-    order: Order = "head"
+    order: Order = "request"
 
     def __post_init__(self) -> None:
         super(LeanConfig, self).__post_init__()

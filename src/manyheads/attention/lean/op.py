@@ -29,9 +29,8 @@ Implementation = Literal["auto", "lean", "sdpa"]
 _IMPLEMENTATIONS = ("auto", "lean", "sdpa")
 
 MANY_QUERIES = 64  # from more query tokens than this on, blocks of queries fill the cores already
-_SHORT = 512  # keys an output tile, below which there is nothing to deal
 _TILE = 256
-_LEAST_TILES = 8  # a worker: less work is not worth another thread
+_LEAST_TILES = 16  # a worker: less work is not worth another thread
 
 
 @overload
@@ -66,7 +65,7 @@ def lean(
     cu_seqlens: Tensor | None = None,
     workers: int | None = None,
     tile: int = _TILE,
-    order: Order = "head",
+    order: Order = "request",
     plan: Plan | None = None,
     return_lse: bool = False,
     implementation: Implementation = "auto",
@@ -95,7 +94,9 @@ def lean(
         plan: a plan that fits, instead of ``workers``, ``tile`` and ``order``.
         return_lse: also return the logarithms of the sums of e^s, to merge with other parts.
         implementation: "lean", "sdpa" (torch's own, which deals heads and blocks of queries, not
-            keys), or "auto": "sdpa" where many queries or short contexts leave nothing to deal.
+            keys), or "auto": "sdpa" where nothing is left to deal: for many queries, little work,
+            one thread, or heads that are an even deal by themselves. A plan, the lse or, for few
+            queries, ``workers`` ask for "lean".
 
     Returns:
         (B, H, L, V) in the dtype of ``query``; with ``return_lse`` also (B, H, L), float32 at
@@ -134,7 +135,16 @@ def lean(
     if lengths is not None and not compiling:
         lengths = check_lengths(lengths, batch, key.shape[2])
     asked = plan is not None or return_lse
-    choice = _choose(query, key, lengths, is_causal, implementation, asked)
+    choice = _choose(
+        query,
+        key,
+        lengths,
+        is_causal,
+        implementation,
+        asked=asked,
+        named=workers is not None,
+        tile=tile,
+    )
     if choice == "sdpa":
         return _sdpa(query, key, value, lengths, is_causal=is_causal, scale=scale, mask=mask)
     late = None
@@ -167,7 +177,7 @@ def lean_update(
     mask: Tensor | None = None,
     workers: int | None = None,
     tile: int = _TILE,
-    order: Order = "head",
+    order: Order = "request",
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, SoftmaxState]:
     """Append a block of tokens to a cache and attend causally to all that it holds.
@@ -219,7 +229,7 @@ def lean_step(
     scale: float | None = None,
     workers: int | None = None,
     tile: int = _TILE,
-    order: Order = "head",
+    order: Order = "request",
     implementation: Implementation = "auto",
 ) -> tuple[Tensor, SoftmaxState]:
     """Add one token in time proportional to the context; the cache grows.
@@ -265,8 +275,7 @@ def settle(
             raise ValueError(f"the plan is for other lengths than {list(sizes)}: make a new one")
         return dealt
     if workers is None:
-        tiles = heads * sum(ceil_div(n, tile) for n in sizes)
-        workers = max(1, min(torch.get_num_threads(), tiles // _LEAST_TILES))
+        workers = default_workers(sizes, heads=heads, tile=tile)
     return plan(
         sizes, heads=heads, workers=workers, tile=tile, order=order, queries=queries,
         is_causal=is_causal,
@@ -279,14 +288,17 @@ def _choose(
     lengths: Tensor | None,
     is_causal: bool,
     implementation: Implementation,
+    *,
     asked: bool,
+    named: bool,
+    tile: int,
 ) -> Literal["lean", "sdpa"]:
     length, capacity = query.shape[2], key.shape[2]
     fits = not is_causal or length == 1 or (lengths is None and length == capacity)
     if implementation == "sdpa" and (not fits or asked):
         raise ValueError(
-            "implementation='sdpa' returns no lse, follows no plan, and is causal only for as many "
-            f"queries as keys, not {length} and {capacity}: use 'auto' or 'lean'"
+            "implementation='sdpa' returns no lse, follows no plan, and is causal only for as "
+            f"many queries as keys, not {length} and {capacity}: use 'auto' or 'lean'"
         )
     if implementation != "auto":
         return implementation
@@ -294,11 +306,19 @@ def _choose(
         return "lean"
     if length > MANY_QUERIES:
         return "sdpa"
-    if lengths is None:
-        return "sdpa" if capacity < _SHORT else "lean"
-    if torch.compiler.is_compiling():
+    if named or (lengths is not None and torch.compiler.is_compiling()):
         return "lean"
-    return "sdpa" if int(lengths.sum()) < _SHORT * len(lengths) else "lean"
+    sizes = [capacity] * len(key) if lengths is None else lengths.tolist()
+    workers = default_workers(sizes, heads=key.shape[1], tile=tile)
+    # Heads are an even deal by themselves if their number is a multiple of the workers'.
+    even = len(set(sizes)) == 1 and len(sizes) * key.shape[1] % workers == 0
+    return "sdpa" if even or workers == 1 else "lean"
+
+
+def default_workers(sizes: Sequence[int], *, heads: int, tile: int) -> int:
+    """Return torch's threads, or fewer where a worker would get too little to be worth it."""
+    tiles = heads * sum(ceil_div(n, tile) for n in sizes)
+    return max(1, min(torch.get_num_threads(), tiles // _LEAST_TILES))
 
 
 def _sdpa(

@@ -17,7 +17,7 @@ from torch import Tensor
 from manyheads.attention.lean.schedule import ceil_div
 from manyheads.errors import unknown_name
 
-__all__ = ["ORDERS", "Order", "Plan", "Segment", "deal", "plan"]
+__all__ = ["ORDERS", "Order", "Plan", "Run", "Segment", "deal", "plan"]
 
 Order = Literal["head", "request"]
 ORDERS = ("head", "request")
@@ -41,6 +41,13 @@ class Segment(NamedTuple):
     finishing: bool
 
 
+class Run(NamedTuple):
+    """Segments of one worker that differ in the head alone: ``heads`` from ``segment``'s on."""
+
+    segment: Segment
+    heads: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Which worker reads which tiles; made by :func:`plan`.
@@ -55,6 +62,7 @@ class Plan:
         workers: workers that have something to do.
         borders: worker p has the tiles borders[p] to borders[p + 1] of the line.
         segments: what they read, in the order of the line.
+        runs: for each worker its segments, those that one product can compute taken together.
     """
 
     tiles: tuple[tuple[int, ...], ...]
@@ -67,6 +75,7 @@ class Plan:
     workers: int
     borders: tuple[int, ...]
     segments: tuple[Segment, ...]
+    runs: tuple[tuple[Run, ...], ...]
 
     @property
     def total(self) -> int:
@@ -96,13 +105,6 @@ class Plan:
     def balance(self) -> float:
         """Mean load over largest load: the share of time that workers are busy."""
         return self.total / (self.workers * max(self.loads)) if self.total else 1.0
-
-    def by_worker(self) -> list[list[int]]:
-        """Return, for each worker, the places of its segments in ``segments``."""
-        places: list[list[int]] = [[] for _ in range(self.workers)]
-        for i, s in enumerate(self.segments):
-            places[s.worker].append(i)
-        return places
 
     def fits(self, lengths: Sequence[int] | Tensor) -> bool:
         """Return whether contexts of these lengths have the same tiles: it can be used again."""
@@ -231,7 +233,21 @@ def _plan(
         workers=len(borders) - 1,
         borders=borders,
         segments=tuple(segments),
+        runs=_runs(segments, len(borders) - 1),
     )
+
+
+def _runs(segments: Sequence[Segment], workers: int) -> tuple[tuple[Run, ...], ...]:
+    found: list[list[Run]] = [[] for _ in range(workers)]
+    for s in segments:
+        own = found[s.worker]
+        if own:
+            last, heads = own[-1]
+            if s[2:6] == last[2:6] and s.head == last.head + heads:
+                own[-1] = Run(last, heads + 1)
+                continue
+        own.append(Run(s, 1))
+    return tuple(map(tuple, found))
 
 
 def _tour(heads: int, requests: int, order: Order) -> Iterator[tuple[int, int]]:

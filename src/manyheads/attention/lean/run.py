@@ -1,7 +1,7 @@
 """Executing a plan: all segments at once over threads, then the merge of each output tile.
 
-B batch, H heads, G = H / H_kv query heads a key-value head, L query tokens, R rows of a product
-(G x query tokens of a block), D head dim, V value dim.
+B batch, H heads, G = H / H_kv query heads a key-value head, L query tokens, J heads computed by
+one product, R its rows (G x query tokens of a block), M keys, D head dim, V value dim.
 
 Two phases, so that no worker ever waits for another: hosts that wait inside the first would hold
 threads that the awaited need. Scores exist for a few thousand keys at a time.
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from manyheads.attention.lean.merge import Partial, empty_partial, merge_partials
-from manyheads.attention.lean.plan import Plan, Segment
+from manyheads.attention.lean.plan import Plan, Run, Segment
 
 __all__ = ["Reader", "padded_reader", "run_plan", "run_segments"]
 
-# (request, head, first key, end) to the keys (M, D) and values (M, V)
-Reader = Callable[[int, int, int, int], tuple[Tensor, Tensor]]
+# (request, heads, keys) to the keys (J, M, D) and values (J, M, V)
+Reader = Callable[[int, slice, slice], tuple[Tensor, Tensor]]
 T = TypeVar("T")
 
 _SCORES = 1 << 15  # scores alive at once in each thread: 128 KiB
@@ -34,8 +34,8 @@ _SCORES = 1 << 15  # scores alive at once in each thread: 128 KiB
 def padded_reader(key: Tensor, value: Tensor) -> Reader:
     """Read caches (B, H_kv, N, D) and (B, H_kv, N, V)."""
 
-    def read(request: int, head: int, a: int, b: int) -> tuple[Tensor, Tensor]:
-        return key[request, head, a:b], value[request, head, a:b]
+    def read(request: int, heads: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        return key[request, heads, keys], value[request, heads, keys]
 
     return read
 
@@ -58,19 +58,28 @@ def run_plan(
     """
     batch, heads, length, _ = query.shape
     group = heads // dealt.heads
+    parts = _run(query, read, lengths, dealt, scale=scale, dim=dim, fused=True)
     out = query.new_zeros(batch, dealt.heads, group, length, dim)
     lse = query.new_full((batch, dealt.heads, group, length), -torch.inf)
-    parts = run_segments(query, read, lengths, dealt, scale=scale, dim=dim)
-    waiting: list[Partial] = []
-    for s, part in zip(dealt.segments, parts, strict=True):
-        waiting.append(part)
-        if not s.finishing:
+    # One merge of all that have equally many rows: an output tile is (request, head) in a block.
+    for block in range(-(-length // dealt.query_tile)):
+        found = [(r, p) for r, p in parts if r.segment.block == block]
+        if not found:
             continue
-        whole = waiting[0] if len(waiting) == 1 else merge_partials(_stack(waiting))
-        waiting = []
-        rows = slice(s.block * dealt.query_tile, (s.block + 1) * dealt.query_tile)
-        out[s.request, s.head, :, rows] = whole.out.unflatten(0, (group, -1))
-        lse[s.request, s.head, :, rows] = whole.lse.unflatten(0, (group, -1))
+        ids = [
+            r.segment.request * dealt.heads + r.segment.head + i
+            for r, _ in found
+            for i in range(r.heads)
+        ]
+        whole = merge_partials(
+            Partial(*(torch.cat(t) for t in zip(*(p for _, p in found), strict=True))),
+            torch.tensor(ids, device=query.device),
+            count=batch * dealt.heads,
+        )
+        rows = slice(block * dealt.query_tile, (block + 1) * dealt.query_tile)
+        shape = (batch, dealt.heads, group, -1)
+        out[:, :, :, rows] = whole.out.view(*shape, dim)
+        lse[:, :, :, rows] = whole.lse.view(shape)
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -78,32 +87,72 @@ def run_segments(
     query: Tensor, read: Reader, lengths: Sequence[int], dealt: Plan, *, scale: float, dim: int
 ) -> list[Partial]:
     """Return the partial result of every segment of the plan: (R) and (R, V)."""
+    parts = _run(query, read, lengths, dealt, scale=scale, dim=dim, fused=False)
+    return [Partial(*tensors) for _, p in parts for tensors in zip(*p, strict=True)]
+
+
+def _run(
+    query: Tensor,
+    read: Reader,
+    lengths: Sequence[int],
+    dealt: Plan,
+    *,
+    scale: float,
+    dim: int,
+    fused: bool,
+) -> list[tuple[Run, Partial]]:
+    """Return the partial results of all runs, (J, R) and (J, R, V), in the order of the line.
+
+    ``fused``: torch's kernel may compute them, which gives m + log(l), 1 and o / l: the same to
+    a merge, but not the numbers that the paper names.
+    """
     group = query.shape[1] // dealt.heads
     stacked = (query * scale).unflatten(1, (dealt.heads, group))  # (B, H_kv, G, L, D)
+    fused = fused and query.device.type == "cpu" and not dealt.is_causal and dim == query.shape[-1]
 
-    def work(places: list[int]) -> list[Partial]:
-        return [
-            _segment(stacked, read, lengths[dealt.segments[i].request], dealt, i, dim)
-            for i in places
-        ]
+    def work(todo: Sequence[Run]) -> list[tuple[Run, Partial]]:
+        done = []
+        for run in todo:
+            s = run.segment
+            heads = slice(s.head, s.head + run.heads)
+            rows = slice(s.block * dealt.query_tile, (s.block + 1) * dealt.query_tile)
+            q = stacked[s.request, heads, :, rows].flatten(1, 2)  # (J, R, D)
+            length = lengths[s.request]
+            compute = _one_call if fused else _products
+            done.append((run, compute(q, read, heads, s, length, dealt, dim)))
+        return done
 
-    done = parallel(work, dealt.by_worker(), device=query.device)
-    return [part for parts in done for part in parts]
+    results = parallel(work, dealt.runs, device=query.device)
+    return [pair for done in results for pair in done]
 
 
-def _segment(
-    stacked: Tensor, read: Reader, length: int, dealt: Plan, index: int, dim: int
+def _one_call(
+    q: Tensor, read: Reader, heads: slice, s: Segment, length: int, dealt: Plan, dim: int
 ) -> Partial:
-    """Attend to the keys of one segment, a few tiles at a time, by the online softmax."""
-    s = dealt.segments[index]
-    block = stacked[s.request, s.head, :, s.block * dealt.query_tile :][:, : dealt.query_tile]
-    q = block.flatten(0, 1)  # (R, D)
-    limits = causal_limits(dealt, s, length, block.shape[0], q.device) if dealt.is_causal else None
-    m, sums, o = empty_partial(len(q), dim=dim, like=q)
-    m, sums = m[:, None], sums[:, None]
-    for a, b in spans(dealt, s, length, len(q)):
-        key, value = (t.to(q.dtype) for t in read(s.request, s.head, a, b))
-        scores = q @ key.mT  # (R, M)
+    """Attend to the keys of a run by one call of torch's kernel, which keeps no scores."""
+    keys = slice(s.first * dealt.tile, min(s.end * dealt.tile, length))
+    key, value = read(s.request, heads, keys)
+    if key.dtype != q.dtype:  # the kernel would round its result to the dtype of the caches
+        return _products(q, read, heads, s, length, dealt, dim)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[None], key[None], value[None], scale=1.0
+    )
+    return Partial(lse[0], torch.ones_like(lse[0]), out[0])
+
+
+def _products(
+    q: Tensor, read: Reader, heads: slice, s: Segment, length: int, dealt: Plan, dim: int
+) -> Partial:
+    """Attend to the keys of a run, a few tiles at a time, by the online softmax."""
+    limits = None
+    if dealt.is_causal:
+        queries = min((s.block + 1) * dealt.query_tile, dealt.queries) - s.block * dealt.query_tile
+        limits = causal_limits(dealt, s, length, q.shape[1] // queries, q.device)
+    m, sums, o = empty_partial(*q.shape[:2], dim=dim, like=q)
+    m, sums = m[..., None], sums[..., None]
+    for a, b in spans(dealt, s, length, q.shape[0] * q.shape[1]):
+        key, value = (t.to(q.dtype) for t in read(s.request, heads, slice(a, b)))
+        scores = q @ key.mT  # (J, R, M)
         if limits is not None:
             hide(scores, limits, a, b)
         best = torch.maximum(m, scores.amax(-1, keepdim=True))
@@ -111,9 +160,9 @@ def _segment(
         weights = scores.sub_(base).exp_()
         decay = (m - base).exp_()
         sums = sums.mul_(decay).add_(weights.sum(-1, keepdim=True))
-        o = torch.addmm(o.mul_(decay), weights, value)
+        o = torch.baddbmm(o.mul_(decay), weights, value)
         m = best
-    return Partial(m[:, 0], sums[:, 0], o)
+    return Partial(m[..., 0], sums[..., 0], o)
 
 
 def spans(dealt: Plan, s: Segment, length: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -138,18 +187,13 @@ def hide(scores: Tensor, limits: Tensor, a: int, b: int) -> None:
     scores.masked_fill_(places > limits, -torch.inf)
 
 
-def _stack(parts: Sequence[Partial]) -> Partial:
-    m, sums, o = zip(*parts, strict=True)
-    return Partial(torch.stack(m), torch.stack(sums), torch.stack(o))
-
-
 def parallel(
-    work: Callable[[list[int]], T], loads: Sequence[list[int]], *, device: torch.device
+    work: Callable[[Sequence[Run]], T], loads: Sequence[Sequence[Run]], *, device: torch.device
 ) -> list[T]:
     """Call ``work`` on each load, over as many threads as torch may use, each of them single.
 
-    A dispatch mode (a counter of FLOPs) belongs to its thread, and another device has its own
-    streams: then one after another.
+    A dispatch mode (a counter of FLOPs) belongs to its thread, and another device has streams of
+    its own: then one after another.
     """
     threads = min(torch.get_num_threads(), len(loads))
     if threads < 2 or device.type != "cpu" or is_in_torch_dispatch_mode():
@@ -157,7 +201,7 @@ def parallel(
     return list(_pool(threads).map(partial(_without_gradient, work), loads))
 
 
-def _without_gradient(work: Callable[[list[int]], T], load: list[int]) -> T:
+def _without_gradient(work: Callable[[Sequence[Run]], T], load: Sequence[Run]) -> T:
     with torch.no_grad():  # whether gradients are recorded is a fact of each thread
         return work(load)
 
