@@ -27,7 +27,7 @@ from manyheads.attention.lean.merge import (
     partial_attention,
 )
 from manyheads.attention.lean.module import LeanAttention, LeanConfig
-from manyheads.attention.lean.op import lean, lean_step, lean_update
+from manyheads.attention.lean.op import lean
 from manyheads.attention.lean.plan import Plan, Segment, plan
 from manyheads.attention.lean.schedule import (
     Schedule,
@@ -37,6 +37,7 @@ from manyheads.attention.lean.schedule import (
     tile_keys,
 )
 from manyheads.attention.lean.simulate import Device, Simulation, simulate
+from manyheads.attention.lean.streaming import lean_step, lean_update
 from manyheads.registry import Mechanism, Shape, register_mechanism
 
 __all__ = [

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.lean.plan import plan
-from manyheads.attention.lean.run import causal_limits, hide, padded_reader, run_plan, spans
+from manyheads.attention.lean.run import (
+    causal_limits,
+    default_workers,
+    hide,
+    padded_reader,
+    run_plan,
+    spans,
+)
 from manyheads.layers.precision import without_autocast
 
 __all__ = ["lean_op"]
@@ -28,7 +35,10 @@ def lean_op(
     order: str,
     query_tile: int,
 ) -> tuple[Tensor, Tensor]:
-    """Attend with gradients; arguments as of the plan. The query is float32 or float64."""
+    """Attend with gradients; arguments as of the plan, ``workers=0`` for the default number.
+
+    The query is float32 or float64.
+    """
     return _op(query, key, value, lengths, scale, is_causal, workers, tile, order, query_tile)
 
 
@@ -47,6 +57,7 @@ def _op(
     query_tile: int,
 ) -> tuple[Tensor, Tensor]:
     sizes = lengths.tolist()
+    workers = workers or default_workers(sizes, heads=key.shape[1], tile=tile)
     dealt = plan(
         sizes, heads=key.shape[1], workers=workers, tile=tile, order=order,  # type: ignore[arg-type]
         queries=query.shape[2], query_tile=query_tile, is_causal=is_causal,

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from manyheads.attention.lean.definition import check_lengths
 from manyheads.attention.lean.merge import Partial
-from manyheads.attention.lean.op import settle
 from manyheads.attention.lean.plan import Order, Plan
-from manyheads.attention.lean.run import Reader, padded_reader, run_plan, run_segments
+from manyheads.attention.lean.run import Reader, padded_reader, run_plan, run_segments, settle
 from manyheads.layers.heads import check_qkv
 from manyheads.layers.ragged import check_cu_seqlens
 

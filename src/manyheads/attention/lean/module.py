@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from manyheads.attention.lean.op import lean, lean_update
+from manyheads.attention.lean.op import lean
 from manyheads.attention.lean.plan import ORDERS, Order
+from manyheads.attention.lean.streaming import lean_update
 from manyheads.attention.softmax.module import SoftmaxAttention, SoftmaxConfig
 from manyheads.attention.softmax.op import SoftmaxState
 from manyheads.errors import unknown_name

@@ -1,4 +1,4 @@
-"""Lean attention to padded caches, and on whole, padded, packed and continued sequences.
+"""Lean attention to padded caches, and on whole, padded and packed sequences.
 
 B batch, H heads, H_kv key-value heads, L query tokens, N capacity of the caches, D head dim,
 V value dim.
@@ -6,7 +6,6 @@ V value dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -14,23 +13,20 @@ from torch import Tensor
 
 from manyheads.attention.lean.backward import lean_op
 from manyheads.attention.lean.definition import check_lengths
-from manyheads.attention.lean.plan import ORDERS, Order, Plan, plan
-from manyheads.attention.lean.run import padded_reader, run_plan
-from manyheads.attention.lean.schedule import ceil_div
-from manyheads.attention.softmax.op import SoftmaxState, softmax, softmax_update
+from manyheads.attention.lean.plan import ORDERS, Order, Plan
+from manyheads.attention.lean.run import default_workers, padded_reader, run_plan, settle
+from manyheads.attention.softmax.op import softmax
 from manyheads.errors import unknown_name
-from manyheads.layers.cache import append_tokens
 from manyheads.layers.heads import check_qkv
 from manyheads.layers.ragged import check_mask, compact, map_packed
 
-__all__ = ["MANY_QUERIES", "lean", "lean_step", "lean_update", "settle"]
+__all__ = ["IMPLEMENTATIONS", "MANY_QUERIES", "TILE", "Implementation", "lean"]
 
 Implementation = Literal["auto", "lean", "sdpa"]
-_IMPLEMENTATIONS = ("auto", "lean", "sdpa")
+IMPLEMENTATIONS = ("auto", "lean", "sdpa")
 
 MANY_QUERIES = 64  # from more query tokens than this on, blocks of queries fill the cores already
-_TILE = 256
-_LEAST_TILES = 16  # a worker: less work is not worth another thread
+TILE = 256
 
 
 @overload
@@ -64,7 +60,7 @@ def lean(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     workers: int | None = None,
-    tile: int = _TILE,
+    tile: int = TILE,
     order: Order = "request",
     plan: Plan | None = None,
     return_lse: bool = False,
@@ -113,8 +109,8 @@ def lean(
     check_qkv(query, key, value, same_length=is_causal and lengths is None and mask is not None)
     batch, _, length, _ = query.shape
     mask = check_mask(mask, batch, key.shape[2])
-    if implementation not in _IMPLEMENTATIONS:
-        raise unknown_name("implementation", implementation, _IMPLEMENTATIONS)
+    if implementation not in IMPLEMENTATIONS:
+        raise unknown_name("implementation", implementation, IMPLEMENTATIONS)
     if order not in ORDERS:
         raise unknown_name("order", order, ORDERS)
     if lengths is not None and mask is not None:
@@ -167,121 +163,6 @@ def lean(
     return (out, lse) if return_lse else out
 
 
-def lean_update(
-    state: SoftmaxState | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    workers: int | None = None,
-    tile: int = _TILE,
-    order: Order = "request",
-    implementation: Implementation = "auto",
-) -> tuple[Tensor, SoftmaxState]:
-    """Append a block of tokens to a cache and attend causally to all that it holds.
-
-    Args:
-        state: what an earlier call returned, or None at the start; consumed.
-        query: (B, H, L, D); key, value: (B, H_kv, L, D and V).
-        scale, workers, tile, order, implementation: as in :func:`lean`.
-        mask: (B, L), True = a real token; padded tokens take no place in the cache.
-
-    Returns:
-        The output (B, H, L, V) and the next state, which is a cache as softmax's.
-    """
-    check_qkv(query, key, value, same_length=True)
-    batch, _, length, _ = query.shape
-    mask = check_mask(mask, batch, length)
-    if implementation not in _IMPLEMENTATIONS:
-        raise unknown_name("implementation", implementation, _IMPLEMENTATIONS)
-    first = state is None or state.key.shape[2] == 0
-    if implementation == "sdpa" or (
-        implementation == "auto" and (length > MANY_QUERIES or first or mask is not None)
-    ):
-        return softmax_update(state, query, key, value, scale=scale, mask=mask)
-    late = None
-    counts = torch.full((batch,), length, device=key.device)
-    if mask is not None:
-        counts, early, late = mask.sum(1), compact(mask), compact(~mask)
-        key, value = early.gather(key, dim=2), early.gather(value, dim=2)
-        query = late.gather(query, dim=2)
-    if state is None:
-        state = SoftmaxState(key[:, :, :0], value[:, :, :0], torch.zeros_like(counts))
-    keys, values = append_tokens(state.key, state.value, state.length, key, value)
-    held = state.length + counts
-    out = lean(
-        query, keys, values, lengths=held, is_causal=True, scale=scale, workers=workers,
-        tile=tile, order=order, implementation=implementation,
-    )  # fmt: skip
-    if late is not None and mask is not None:
-        out = late.scatter(out, dim=2).masked_fill(~mask[:, None, :, None], 0)
-    return out, SoftmaxState(keys, values, held)
-
-
-def lean_step(
-    state: SoftmaxState,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    workers: int | None = None,
-    tile: int = _TILE,
-    order: Order = "request",
-    implementation: Implementation = "auto",
-) -> tuple[Tensor, SoftmaxState]:
-    """Add one token in time proportional to the context; the cache grows.
-
-    Args:
-        state: the cache; consumed.
-        query: (B, H, D); key, value: (B, H_kv, D and V).
-        scale, workers, tile, order, implementation: as in :func:`lean`.
-
-    Returns:
-        The output (B, H, V) and the next state.
-    """
-    out, state = lean_update(
-        state, query[:, :, None], key[:, :, None], value[:, :, None], scale=scale,
-        workers=workers, tile=tile, order=order, implementation=implementation,
-    )  # fmt: skip
-    return out[:, :, 0], state
-
-
-def settle(
-    dealt: Plan | None,
-    sizes: Sequence[int],
-    *,
-    heads: int,
-    queries: int,
-    is_causal: bool,
-    workers: int | None,
-    tile: int,
-    order: Order,
-) -> Plan:
-    """Return the plan that was given, if it fits, or make one.
-
-    Raises:
-        ValueError: the plan is for other heads, queries or lengths.
-    """
-    if dealt is not None:
-        if (dealt.heads, dealt.queries) != (heads, queries) or dealt.is_causal != is_causal:
-            raise ValueError(
-                f"the plan is for {dealt.heads} key-value heads and {dealt.queries} queries, "
-                f"is_causal={dealt.is_causal}; here are {heads}, {queries}, {is_causal}"
-            )
-        if not dealt.fits(sizes):
-            raise ValueError(f"the plan is for other lengths than {list(sizes)}: make a new one")
-        return dealt
-    if workers is None:
-        workers = default_workers(sizes, heads=heads, tile=tile)
-    return plan(
-        sizes, heads=heads, workers=workers, tile=tile, order=order, queries=queries,
-        is_causal=is_causal,
-    )  # fmt: skip
-
-
 def _choose(
     query: Tensor,
     key: Tensor,
@@ -306,19 +187,15 @@ def _choose(
         return "lean"
     if length > MANY_QUERIES:
         return "sdpa"
-    if named or (lengths is not None and torch.compiler.is_compiling()):
+    if named:
         return "lean"
+    if torch.compiler.is_compiling():  # neither threads nor lengths are known yet
+        return "sdpa" if lengths is None else "lean"
     sizes = [capacity] * len(key) if lengths is None else lengths.tolist()
     workers = default_workers(sizes, heads=key.shape[1], tile=tile)
     # Heads are an even deal by themselves if their number is a multiple of the workers'.
     even = len(set(sizes)) == 1 and len(sizes) * key.shape[1] % workers == 0
     return "sdpa" if even or workers == 1 else "lean"
-
-
-def default_workers(sizes: Sequence[int], *, heads: int, tile: int) -> int:
-    """Return torch's threads, or fewer where a worker would get too little to be worth it."""
-    tiles = heads * sum(ceil_div(n, tile) for n in sizes)
-    return max(1, min(torch.get_num_threads(), tiles // _LEAST_TILES))
 
 
 def _sdpa(
@@ -369,9 +246,8 @@ def _dealt(
     q = query.to(torch.promote_types(query.dtype, torch.float32))
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     if torch.compiler.is_compiling():
-        workers = torch.get_num_threads() if workers is None else workers
         out, lse = lean_op(
-            q, key, value, lengths, scale, is_causal, workers, tile, order, MANY_QUERIES
+            q, key, value, lengths, scale, is_causal, workers or 0, tile, order, MANY_QUERIES
         )
         return out.to(query.dtype), lse
     sizes = lengths.tolist()

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from manyheads.attention.lean.merge import Partial, empty_partial, merge_partials
-from manyheads.attention.lean.plan import Plan, Run, Segment
+from manyheads.attention.lean.plan import Order, Plan, Run, Segment, plan
+from manyheads.attention.lean.schedule import ceil_div
 
 __all__ = ["Reader", "padded_reader", "run_plan", "run_segments"]
 
@@ -28,6 +29,7 @@ __all__ = ["Reader", "padded_reader", "run_plan", "run_segments"]
 Reader = Callable[[int, slice, slice], tuple[Tensor, Tensor]]
 T = TypeVar("T")
 
+_LEAST_TILES = 16  # a worker: less work is not worth another thread
 _SCORES = 1 << 15  # scores alive at once in each thread: 128 KiB
 
 
@@ -38,6 +40,45 @@ def padded_reader(key: Tensor, value: Tensor) -> Reader:
         return key[request, heads, keys], value[request, heads, keys]
 
     return read
+
+
+def settle(
+    dealt: Plan | None,
+    sizes: Sequence[int],
+    *,
+    heads: int,
+    queries: int,
+    is_causal: bool,
+    workers: int | None,
+    tile: int,
+    order: Order,
+) -> Plan:
+    """Return the plan that was given, if it fits, or make one.
+
+    Raises:
+        ValueError: the plan is for other heads, queries or lengths.
+    """
+    if dealt is not None:
+        if (dealt.heads, dealt.queries) != (heads, queries) or dealt.is_causal != is_causal:
+            raise ValueError(
+                f"the plan is for {dealt.heads} key-value heads and {dealt.queries} queries, "
+                f"is_causal={dealt.is_causal}; here are {heads}, {queries}, {is_causal}"
+            )
+        if not dealt.fits(sizes):
+            raise ValueError(f"the plan is for other lengths than {list(sizes)}: make a new one")
+        return dealt
+    if workers is None:
+        workers = default_workers(sizes, heads=heads, tile=tile)
+    return plan(
+        sizes, heads=heads, workers=workers, tile=tile, order=order, queries=queries,
+        is_causal=is_causal,
+    )  # fmt: skip
+
+
+def default_workers(sizes: Sequence[int], *, heads: int, tile: int) -> int:
+    """Return torch's threads, or fewer where a worker would get too little to be worth it."""
+    tiles = heads * sum(ceil_div(n, tile) for n in sizes)
+    return max(1, min(torch.get_num_threads(), tiles // _LEAST_TILES))
 
 
 def run_plan(
