@@ -135,6 +135,27 @@ MUTATIONS = (
         "m = torch.maximum(scores.cummax(-1).values, maximum[..., None])",
         "m = torch.maximum(scores.amax(-1, keepdim=True) * 0 + scores, maximum[..., None])",
     ),
+    Mutation(
+        "lean: parts are merged without the factor of their maxima",
+        "lean",
+        "attention/lean/merge.py",
+        "weights = (partial.m - _finite(m)[segment_ids]).exp()",
+        "weights = torch.ones_like(partial.m)",
+    ),
+    Mutation(
+        "lean: the last workers get the larger pieces",
+        "lean",
+        "attention/lean/plan.py",
+        "p * small + min(p, larger)",
+        "p * small + max(0, p - workers + larger)",
+    ),
+    Mutation(
+        "lean: the smallest number of splits that is best, not nearly best",
+        "lean",
+        "attention/lean/schedule.py",
+        "share >= 0.85 * best",
+        "share >= best",
+    ),
 )
 
 
