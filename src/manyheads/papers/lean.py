@@ -89,8 +89,8 @@ def measure(progress: Progress) -> Measurement:
             f"{times['two workers'].median * 1e3:.1f} ms, SDPA on stacked rows "
             f"{times['stacked'].median * 1e3:.1f} ms, SDPA with grouping "
             f"{times['sdpa'].median * 1e3:.1f} ms",
-            "the gain over SDPA with grouping is first of all that a group's heads share one reading "
-            "of the cache: SDPA that is given them as rows does so too, but deals no keys",
+            "the gain over SDPA with grouping is first of all that a group's heads share one "
+            "reading of the cache: SDPA that is given them as rows does so too, but deals no keys",
             f"in this run {torch.get_num_threads()} threads made a matrix product {scaling:.2f} "
             "times as fast as one did: compare two workers with one by that",
             "occupancies are of a model without overheads; nothing was run on a GPU",
