@@ -195,6 +195,25 @@ MUTATIONS = (
         "attention/sla/sparse.py",
         "absent = (places >= counts[..., None])",
         "absent = (places > counts[..., None])",
+        "lean: parts are merged without the factor of their maxima",
+        "lean",
+        "attention/lean/merge.py",
+        "weights = (partial.m - _finite(m)[segment_ids]).exp()",
+        "weights = torch.ones_like(partial.m)",
+    ),
+    Mutation(
+        "lean: the last workers get the larger pieces",
+        "lean",
+        "attention/lean/plan.py",
+        "p * small + min(p, larger)",
+        "p * small + max(0, p - workers + larger)",
+    ),
+    Mutation(
+        "lean: the smallest number of splits that is best, not nearly best",
+        "lean",
+        "attention/lean/schedule.py",
+        "share >= 0.85 * best",
+        "share >= best",
     ),
 )
 

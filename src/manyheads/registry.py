@@ -25,6 +25,7 @@ _FILES = {
     "flow": "manyheads.attention.flow",
     "gla": "manyheads.attention.gla",
     "mamba": "manyheads.attention.mamba",
+    "lean": "manyheads.attention.lean",
     "norm": "manyheads.attention.norm",
     "routing": "manyheads.attention.routing",
     "sla": "manyheads.attention.sla",
