@@ -25,6 +25,7 @@ _FILES = {
     "flow": "manyheads.attention.flow",
     "gla": "manyheads.attention.gla",
     "norm": "manyheads.attention.norm",
+    "orchid": "manyheads.attention.orchid",
     "softmax": "manyheads.attention.softmax",
     "urpe": "manyheads.attention.urpe",
 }
