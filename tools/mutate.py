@@ -135,6 +135,27 @@ MUTATIONS = (
         "m = torch.maximum(scores.cummax(-1).values, maximum[..., None])",
         "m = torch.maximum(scores.amax(-1, keepdim=True) * 0 + scores, maximum[..., None])",
     ),
+    Mutation(
+        "orchid: the magnitude is not squared",
+        "orchid",
+        "attention/orchid/network.py",
+        "spectrum.real.square() + spectrum.imag.square()",
+        "spectrum.abs()",
+    ),
+    Mutation(
+        "orchid: inner bins count twice in the transform's gradient",
+        "orchid",
+        "layers/fourier.py",
+        "half[..., 1 : (n + 1) // 2] *= 0.5",
+        "half[..., 1 : (n + 1) // 2] *= 1.0",
+    ),
+    Mutation(
+        "orchid: the short convolution reads one token late",
+        "orchid",
+        "attention/orchid/module.py",
+        "pad_length(u, taps - 1, 0)",
+        "pad_length(u, taps, 0)",
+    ),
 )
 
 

@@ -81,7 +81,7 @@ class OrchidConfig(Config):
     sigma_on_magnitude: bool = False
     sigma_threshold: float = 0.5
     transform: Transform = "fft"
-    norm: Norm = "ortho"
+    norm: Norm = "backward"
     two_sided: bool = False
     short_conv: int = 3
     residual_conv: bool = True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.orchid.definition import circular_conv_reference
+from manyheads.attention.orchid.fast import gated_conv
 from manyheads.errors import unknown_name
 from manyheads.layers.fourier import Norm, check_norm, rfft
 from manyheads.layers.heads import check_qkv, repeat_kv
@@ -167,6 +168,8 @@ def _whole(
     implementation: Implementation,
 ) -> Tensor:
     heads, work = query.shape[1], torch.promote_types(query.dtype, torch.float32)
+    if implementation != "direct" and key.shape[1] == heads and skip is None:
+        return gated_conv(query, key, value, kernel.expand_as(key), norm=norm)
     x, h = key.to(work) * value.to(work), kernel.to(work)
     conv = circular_conv_reference if implementation == "direct" else circular_conv
     y = repeat_kv(conv(x, h, norm=norm), heads)
