@@ -153,8 +153,8 @@ MUTATIONS = (
         "orchid: the short convolution reads one token late",
         "orchid",
         "attention/orchid/module.py",
-        "pad_length(u, taps - 1, 0)",
-        "pad_length(u, taps, 0)",
+        "pad_length(u, weight.shape[-1] - 1, 0)",
+        "pad_length(u, weight.shape[-1] - 2, 1)",
     ),
 )
 

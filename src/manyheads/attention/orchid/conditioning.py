@@ -16,6 +16,7 @@ from torch import Tensor
 
 from manyheads.errors import unknown_name
 from manyheads.layers.fourier import Norm, check_norm, rfft
+from manyheads.layers.taps import shifted_sum
 
 __all__ = [
     "PADDINGS",
@@ -90,17 +91,16 @@ def grouped(
             f"{len(parts)}, an odd number of taps)"
         )
     side = (taps - 1) // 2
-    padded = [pad_length(p, side, side, padding) for p in parts]
-    table = weight.unflatten(0, (d, -1))  # (D, O, I, K)
+    padded = [pad_length(p, side, side, padding).reshape(-1, n + 2 * side, d) for p in parts]
+    table = weight.unflatten(0, (d, -1)).to(parts[0].dtype)  # (D, O, I, K)
     outputs = []
     for o in range(table.shape[1]):
-        y = None if bias is None else bias.unflatten(0, (d, -1))[:, o]
-        for i, p in enumerate(padded):
-            for j in range(taps):
-                x, w = p.narrow(-2, j, n), table[:, o, i, j]
-                y = x * w if y is None else torch.addcmul(y, x, w)
-        assert y is not None
-        outputs.append(y)
+        y = shifted_sum(padded[0], table[:, o, 0])
+        for i, p in enumerate(padded[1:], 1):
+            y = y + shifted_sum(p, table[:, o, i])
+        if bias is not None:
+            y = y + bias.unflatten(0, (d, -1))[:, o].to(y.dtype)
+        outputs.append(y.reshape(parts[0].shape))
     return tuple(outputs)
 
 

@@ -14,6 +14,7 @@ from manyheads.layers.fourier import transform_pair
 from manyheads.layers.keymap import Entry, KeyMap, rename, tied
 from manyheads.layers.mixer import SequenceMixer
 from manyheads.layers.ragged import check_mask, map_lengths, map_packed
+from manyheads.layers.taps import shifted_sum
 
 __all__ = ["OrchidAttention"]
 
@@ -149,11 +150,10 @@ class OrchidAttention(SequenceMixer):
     def _short(self, u: Tensor) -> tuple[Tensor, ...]:
         """Convolve all 3C channels with the tokens before, and cut the result into three."""
         weight, bias = self.short_conv.weight, self.short_conv.bias
-        n, taps = u.shape[1], weight.shape[-1]
-        padded, dtype = pad_length(u, taps - 1, 0), u.dtype
-        y = bias.to(dtype) if bias is not None else u.new_zeros(u.shape[-1])
-        for j in range(taps):
-            y = torch.addcmul(y, padded[:, j : j + n], weight[:, 0, j].to(dtype))
+        padded = pad_length(u, weight.shape[-1] - 1, 0)
+        y = shifted_sum(padded, weight[:, 0].to(u.dtype))
+        if bias is not None:
+            y = y + bias.to(u.dtype)
         return y.chunk(3, -1)
 
     def _circulate(self, x: Tensor, spectrum: Tensor, bias: Tensor) -> Tensor:
