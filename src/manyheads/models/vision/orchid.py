@@ -19,7 +19,7 @@ from manyheads.config import Config
 from manyheads.layers.grid import resize_positions
 from manyheads.layers.keymap import KeyMap
 from manyheads.models.base import Model, register_variants
-from manyheads.models.language.orchid import OrchidBlock, initialise
+from manyheads.models.language.orchid_blocks import OrchidBlock, initialise
 
 __all__ = ["OrchidVision", "OrchidVisionConfig"]
 
