@@ -214,6 +214,25 @@ MUTATIONS = (
         "attention/lean/schedule.py",
         "share >= 0.85 * best",
         "share >= best",
+        "orchid: the magnitude is not squared",
+        "orchid",
+        "attention/orchid/network.py",
+        "spectrum.real.square() + spectrum.imag.square()",
+        "spectrum.abs()",
+    ),
+    Mutation(
+        "orchid: inner bins count twice in the transform's gradient",
+        "orchid",
+        "layers/fourier.py",
+        "half[..., 1 : (n + 1) // 2] *= 0.5",
+        "half[..., 1 : (n + 1) // 2] *= 1.0",
+    ),
+    Mutation(
+        "orchid: the short convolution reads one token late",
+        "orchid",
+        "attention/orchid/module.py",
+        "pad_length(u, weight.shape[-1] - 1, 0)",
+        "pad_length(u, weight.shape[-1] - 2, 1)",
     ),
 )
 

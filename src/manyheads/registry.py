@@ -29,6 +29,7 @@ _FILES = {
     "norm": "manyheads.attention.norm",
     "routing": "manyheads.attention.routing",
     "sla": "manyheads.attention.sla",
+    "orchid": "manyheads.attention.orchid",
     "softmax": "manyheads.attention.softmax",
     "urpe": "manyheads.attention.urpe",
 }

@@ -13,6 +13,7 @@ from manyheads.layers.ragged import (
     check_cu_seqlens,
     check_mask,
     compact,
+    map_lengths,
     map_packed,
     positions,
     sequence_ids,
@@ -89,3 +90,24 @@ def test_errors() -> None:
     for wrong in ([0, 2], [1, 3], [0, 2, 1, 3], [3]):
         with pytest.raises(ValueError, match="rise from 0"):
             check_cu_seqlens(torch.tensor(wrong), 1, 3)
+
+
+def test_rows_of_one_length_are_mapped_together() -> None:
+    x = torch.randn(4, 2, 6, 3)
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[0, 2:5] = mask[1, :3] = mask[3, :] = True
+    lengths = []
+
+    def shifted(t, absent):
+        assert absent is None
+        lengths.append(tuple(t.shape))
+        return t.roll(1, 2)
+
+    out = map_lengths(shifted, (x, None), mask)
+    assert lengths == [(1, 2, 6, 3), (2, 2, 3, 3)]
+    assert torch.equal(out[0, :, 2:5], x[0, :, 2:5].roll(1, 1))
+    assert torch.equal(out[1, :, :3], x[1, :, :3].roll(1, 1))
+    assert torch.equal(out[3], x[3].roll(1, 1))
+    assert (out[2] == 0).all()
+    assert (out[0, :, :2] == 0).all()
+    assert (out.new_tensor(0) == map_lengths(shifted, (x, None), mask & False)).all()

@@ -19,6 +19,7 @@ __all__ = [
     "check_cu_seqlens",
     "check_mask",
     "compact",
+    "map_lengths",
     "map_packed",
     "positions",
     "sequence_ids",
@@ -114,6 +115,52 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 def compact(mask: Tensor) -> Compaction:
     """Return the :class:`Compaction` of a (B, N) mask."""
     return Compaction(mask)
+
+
+def map_lengths(
+    fn: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    mask: Tensor,
+    *,
+    dim: int = 2,
+) -> Tensor:
+    """Call ``fn`` on the real tokens alone, on rows of one length at a time.
+
+    For what depends on the length itself, as a circular convolution does, so that no mask can
+    make up for padding. One call for each different length.
+
+    Args:
+        fn: called with tensors (B', ..., n, ...) without padding; returns one such tensor.
+        tensors: (B, ..., N, ...) tensors whose axis ``dim`` has length N, or None.
+        mask: (B, N), True = a real token.
+        dim: the length axis of ``tensors`` and of the output.
+
+    Returns:
+        (B, ..., N, ...), zeros at padded tokens.
+    """
+    moved, lengths = compact(mask), mask.sum(1).tolist()
+    compacted = [None if t is None else moved.gather(t, dim=dim) for t in tensors]
+    order: list[int] = []
+    parts: list[Tensor] = []
+    for n in sorted(set(lengths), reverse=True):
+        # A batch without any real token still has to know the shape of what ``fn`` returns.
+        if n == 0 and parts:
+            parts.append(parts[0].new_zeros(lengths.count(0), *parts[0].shape[1:]))
+        else:
+            rows = torch.tensor([i for i, m in enumerate(lengths) if m == n], device=mask.device)
+            part = fn(
+                *(
+                    None if t is None else t.index_select(0, rows).narrow(dim, 0, max(n, 1))
+                    for t in compacted
+                )
+            )
+            part = part if n else torch.zeros_like(part)
+            missing = list(part.shape)
+            missing[dim] = mask.shape[1] - part.shape[dim]
+            parts.append(torch.cat((part, part.new_zeros(missing)), dim))
+        order += [i for i, m in enumerate(lengths) if m == n]
+    back = torch.tensor(order, device=mask.device).argsort()
+    return moved.scatter(torch.cat(parts).index_select(0, back), dim=dim)
 
 
 def map_packed(

@@ -40,11 +40,13 @@ _FILES = (
     "manyheads.models.language.mixer_lm",
     "manyheads.models.language.routing",
     "manyheads.models.language.routing_pytorch",
+    "manyheads.models.language.orchid",
     "manyheads.models.language.transnormer",
     "manyheads.models.language.transnormer_encoder",
     "manyheads.models.language.transnormer_lra",
     "manyheads.models.language.urpe",
     "manyheads.models.vision.flowformer",
+    "manyheads.models.vision.orchid",
 )
 
 

@@ -1,0 +1,225 @@
+"""Orchid for images: a plain ViT whose attention is a data-dependent convolution (2402.18508).
+
+The paper publishes its mixing layer and the size of Orchid-ViT-b, 48M, alone: what stands around
+the layer is a reconstruction. B batch, H and W rows and columns of patches, N = H · W, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from manyheads.attention.orchid import OrchidConfig
+from manyheads.config import Config
+from manyheads.layers.grid import resize_positions
+from manyheads.layers.keymap import KeyMap
+from manyheads.models.base import Model, register_variants
+from manyheads.models.language.orchid_blocks import OrchidBlock, initialise
+
+__all__ = ["OrchidVision", "OrchidVisionConfig"]
+
+_INIT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrchidVisionConfig(Config):
+    """Sizes of the model; the defaults are the reconstruction of Orchid-ViT-b.
+
+    Attributes:
+        image_size: side of the images that the learned positions are made for; others are
+            interpolated.
+        patch_size: side of a patch.
+        in_channels, num_classes: of the image; 0 classes for features alone.
+        embed_dim, depth, mlp_width: sizes.
+        mlp_blocks: blocks of the MLP's block-diagonal matrices, 1 for dense ones.
+        gated_mlp: act(gate(x)) · up(x) inside the MLP instead of act(up(x)).
+        max_length: patches that the static filters reach (None: those of ``image_size``).
+        dropout, drop_path, norm_eps: as named; drop_path rises to this rate at the last block.
+        mixer: further options of :class:`manyheads.attention.OrchidConfig`.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 768
+    depth: int = 12
+    mlp_width: int = 3072
+    mlp_blocks: int = 4
+    gated_mlp: bool = False
+    max_length: int | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.2
+    norm_eps: float = 1e-6
+    mixer: dict[str, Any] = field(default_factory=lambda: {"filter_width": 128})
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        self.mixer_config()
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side of the image that the positions are made for."""
+        return self.image_size // self.patch_size
+
+    def mixer_config(self) -> OrchidConfig:
+        """Return the config of each mixer."""
+        sizes = {"embed_dim": self.embed_dim, "max_length": self.max_length or self.grid**2}
+        return OrchidConfig.from_dict(sizes | self.mixer)
+
+
+class OrchidVision(Model):
+    """Vision transformer whose patches, row by row, are mixed by Orchid. Needs training.
+
+    O(N log N) in the number of patches. Other image sizes run as far as ``max_length`` reaches;
+    learned positions are interpolated. The surface is timm's.
+
+    Example:
+        >>> model = OrchidVision(OrchidVisionConfig(embed_dim=64, depth=2, mlp_width=128)).eval()
+        >>> model(torch.randn(1, 3, 224, 160)).shape
+        torch.Size([1, 1000])
+    """
+
+    config_class: ClassVar[type[Config]] = OrchidVisionConfig
+    config: OrchidVisionConfig
+
+    def __init__(self, config: OrchidVisionConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.num_classes, self.num_features = c.num_classes, c.embed_dim
+        self.grad_checkpointing = False
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": c.embed_dim, "reduction": c.patch_size, "module": f"blocks.{i}"}
+            for i in range(c.depth)
+        ]
+        self.patch_embed = nn.Conv2d(c.in_channels, c.embed_dim, c.patch_size, c.patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, c.grid**2, c.embed_dim))
+        self.dropout = nn.Dropout(c.dropout)
+        self.blocks = nn.ModuleList(
+            OrchidBlock(
+                c.mixer_config(),
+                c.mlp_width,
+                mlp_blocks=c.mlp_blocks,
+                gated_mlp=c.gated_mlp,
+                dropout=c.dropout,
+                drop_path=c.drop_path * i / max(c.depth - 1, 1),
+                norm_eps=c.norm_eps,
+            )
+            for i in range(c.depth)
+        )
+        self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
+        self.head: nn.Module = _classifier(c.embed_dim, c.num_classes)
+        nn.init.trunc_normal_(self.pos_embed, std=_INIT_STD)
+        initialise(self, _INIT_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images (B, in_channels, ·, ·): logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the normalised features, (B, N, C)."""
+        x, _ = self._embed(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool features (B, N, C) by their mean and classify; ``pre_logits``: pool alone."""
+        pooled = x.mean(1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the features of blocks, as timm does.
+
+        Args:
+            x: (B, in_channels, ·, ·).
+            indices: blocks, negative ones from the end; a number: the last so many; None: all.
+            norm: normalise them.
+            stop_early: leave out blocks after the last one asked for (with intermediates_only).
+            output_fmt: "NCHW" or "NLC".
+            intermediates_only: do not return the final features.
+
+        Raises:
+            ValueError: a block that is not there, or an unknown format.
+        """
+        count = len(self.blocks)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
+        if indices is None:
+            indices = range(count)
+        elif isinstance(indices, int):
+            indices = range(count - indices, count)
+        for i in indices:
+            if not -count <= i < count:
+                raise ValueError(f"block {i} is not there: this model has blocks 0 to {count - 1}")
+        wanted = {i % count for i in indices}
+        x, grid = self._embed(x)
+        found: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and intermediates_only and i > max(wanted):
+                break
+            x = self._run(block, x)
+            if i in wanted:
+                y = self.norm(x) if norm else x
+                found.append(y.mT.unflatten(2, grid) if output_fmt == "NCHW" else y)
+        return found if intermediates_only else (self.norm(x), found)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a fresh one, or by the identity for 0 classes."""
+        self.num_classes = num_classes
+        self.config = self.config.replace(num_classes=num_classes)
+        self.head = _classifier(self.num_features, num_classes).to(self.pos_embed)
+        initialise(self.head, _INIT_STD)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in backward instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Take images to patches (B, N, C), padding sides that do not divide with zeros."""
+        size = self.config.patch_size
+        below, right = (-side % size for side in x.shape[2:])
+        if below or right:
+            x = nn.functional.pad(x, (0, right, 0, below))
+        x = self.patch_embed(x)
+        rows, columns = x.shape[2:]
+        x = x.flatten(2).mT + resize_positions(self.pos_embed, (rows, columns))
+        return self.dropout(x), (rows, columns)
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
+        return cast(Tensor, block(x))
+
+    def key_map(self) -> KeyMap:
+        """Only the mixing layer was published."""
+        raise ValueError(
+            "OrchidVision has no official checkpoints, only its mixers have official names "
+            "(OrchidAttention.load_official): use save() and load()"
+        )
+
+
+def _classifier(dim: int, classes: int) -> nn.Module:
+    return nn.Linear(dim, classes) if classes else nn.Identity()
+
+
+register_variants(
+    OrchidVision, "orchid", {"orchid_vit_b": (OrchidVisionConfig(), ("orchid-vit-b",))}
+)
