@@ -24,6 +24,7 @@ _FILES = {
     "diag": "manyheads.attention.diag",
     "flow": "manyheads.attention.flow",
     "gla": "manyheads.attention.gla",
+    "landmark": "manyheads.attention.landmark",
     "norm": "manyheads.attention.norm",
     "softmax": "manyheads.attention.softmax",
     "urpe": "manyheads.attention.urpe",
