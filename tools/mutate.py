@@ -135,6 +135,27 @@ MUTATIONS = (
         "m = torch.maximum(scores.cummax(-1).values, maximum[..., None])",
         "m = torch.maximum(scores.amax(-1, keepdim=True) * 0 + scores, maximum[..., None])",
     ),
+    Mutation(
+        "landmark: the landmark's gradient keeps the whole mean",
+        "landmark",
+        "attention/landmark/fast.py",
+        "mean.squeeze(-1).sub_(dr).mul_(gate)",
+        "mean.squeeze(-1).mul_(gate)",
+    ),
+    Mutation(
+        "landmark: a landmark sees itself",
+        "landmark",
+        "attention/landmark/fast.py",
+        "hidden[:, -1] = True",
+        "hidden[:-1, -1] = True",
+    ),
+    Mutation(
+        "landmark: one slot between old and recent blocks is missing",
+        "landmark",
+        "attention/landmark/memory.py",
+        "(rank + (block >= self.seen - self.top_k))",
+        "(rank + 0 * block)",
+    ),
 )
 
 

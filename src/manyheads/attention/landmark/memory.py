@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.landmark.op import check_block_size
+from manyheads.attention.landmark.select import best_blocks, grouped_scores, turn
 from manyheads.attention.landmark.store import BlockStore
 from manyheads.errors import unknown_name
-from manyheads.layers.rotary import apply_rotary, rotary_angles
+from manyheads.layers.heads import repeat_kv
 
-__all__ = ["LandmarkMemory", "Retrieved", "turn"]
+__all__ = ["LandmarkMemory", "Retrieved"]
 
 Selection = Literal["per_token_and_head", "max_over_heads", "max_over_tokens"]
 Positions = Literal["stingy", "exact"]
@@ -173,12 +174,12 @@ class LandmarkMemory:
         """Return the numbers of the blocks to fetch, oldest first: (B, H, T or 1, k)."""
         if not self.stored:
             raise ValueError("the memory holds no whole block yet: append tokens first")
-        scores = self._landmark_scores(query)
-        if self.selection == "max_over_heads":
-            scores = scores.log_softmax(-1).amax(1, keepdim=True)
-        elif self.selection == "max_over_tokens":
-            scores = scores.log_softmax(-1).amax(2, keepdim=True)
-        best = _best(scores, min(self.top_k, self.stored)).sort(-1).values
+        scores, slack = self._landmark_scores(query)
+        if self.selection != "per_token_and_head":
+            axis = 1 if self.selection == "max_over_heads" else 2
+            scores = scores.log_softmax(-1).amax(axis, keepdim=True)
+            slack = slack.amax(axis, keepdim=True)
+        best = best_blocks(scores, min(self.top_k, self.stored), slack).sort(-1).values
         return (best + self.seen - self.stored).expand(-1, query.shape[1], -1, -1)
 
     @torch.no_grad()
@@ -241,15 +242,18 @@ class LandmarkMemory:
         rank = torch.arange(self.top_k - count, self.top_k, device=block.device)
         return (rank + (block >= self.seen - self.top_k)) * self.block_size
 
-    def _landmark_scores(self, query: Tensor) -> Tensor:
-        """Return (B, H, T, S), oldest block first; scaled, float32 at least."""
+    def _landmark_scores(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, H, T, S), oldest block first, and (B, H, T, 1), what rounding may change.
+
+        Scaled, float32 at least.
+        """
         wide = _wide(query)
         numbers = torch.arange(self.seen - self.stored, self.seen, device=query.device)
         (gates,) = self._gates.read(numbers, query.device)  # (S, B, H_kv, D)
         gates = gates.to(wide).permute(1, 2, 3, 0)  # (B, H_kv, D, S)
         at = self._query_places(query, 0)
         q = query.to(wide)
-        scores = _grouped(self._turn(q, at[None, None]), gates)
+        scores = grouped_scores(self._turn(q, at[None, None]), gates)
         if self.positions == "stingy":
             # The newest blocks stand at slots of their own; it is the query that is turned back.
             newest = min(self.top_k, self.stored)
@@ -257,41 +261,17 @@ class LandmarkMemory:
                 slot = self.top_k - back
                 moved = self._turn(q, (at - slot * self.block_size)[None, None])
                 column = self.stored - 1 - back
-                scores[..., column : column + 1] = _grouped(moved, gates[..., column : column + 1])
-        return scores * query.shape[-1] ** -0.5
+                scores[..., column : column + 1] = grouped_scores(
+                    moved, gates[..., column : column + 1]
+                )
+        longest = gates.norm(dim=2).amax(-1)[..., None, None]  # (B, H_kv, 1, 1)
+        slack = q.norm(dim=-1, keepdim=True) * repeat_kv(longest, q.shape[1])
+        scale = query.shape[-1] ** -0.5
+        return scores * scale, slack * (8 * torch.finfo(wide).eps * scale)
 
     def _turn(self, x: Tensor, places: Tensor | int) -> Tensor:
         return turn(x, places, theta=self.rotary_theta, interleaved=self.rotary_interleaved)
 
 
-def turn(x: Tensor, places: Tensor | int, *, theta: float | None, interleaved: bool) -> Tensor:
-    """Rotate ``x`` (..., D), at least 4 axes, by places that broadcast to its other axes."""
-    if theta is None:
-        return x
-    if isinstance(places, int):
-        places = torch.full((1,) * (x.ndim - 1), places, device=x.device)
-    while places.ndim < x.ndim - 1:
-        places = places[None]
-    cos, sin = rotary_angles(places, x.shape[-1], theta=theta)
-    return apply_rotary(x, cos, sin, interleaved=interleaved)
-
-
 def _wide(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
-
-
-def _grouped(query: Tensor, gates: Tensor) -> Tensor:
-    """(B, H, T, D) with (B, H_kv, D, S) to (B, H, T, S)."""
-    batch, heads, length, _ = query.shape
-    q = query.reshape(batch, gates.shape[1], -1, query.shape[3])
-    return (q @ gates).view(batch, heads, length, -1)
-
-
-def _best(scores: Tensor, count: int) -> Tensor:
-    """Return the columns of the ``count`` largest scores; the last ones where scores are equal."""
-    columns = scores.shape[-1]
-    least = scores.topk(count).values[..., -1:]
-    order = torch.arange(columns, device=scores.device).expand_as(scores)
-    above, equal = scores > least, scores == least
-    # All above come before all equal ones, and the later of these before the earlier.
-    return (order + 2 * columns * above + columns * equal).topk(count).indices
