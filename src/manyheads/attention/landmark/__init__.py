@@ -81,7 +81,7 @@ def _flops(s: Shape) -> int:
 
 
 def _memory_numbers(s: Shape) -> int:
-    padded = -(-s.length // BLOCK_SIZE) * BLOCK_SIZE
+    padded = s.length + BLOCK_SIZE
     return s.batch * s.heads * (s.length * s.dv + padded * 2 * (s.head_dim + s.dv)) + 4 * (1 << 18)
 
 

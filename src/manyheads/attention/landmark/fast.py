@@ -30,18 +30,50 @@ def block_landmark(
     query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float
 ) -> Tensor:
     """Return (B, H, N, V) for (B, H, N, D), (B, H, M, D) and (B, H, M, V) in float32 or float64."""
-    return _forward_op(query, key, value, block_size, scale)[0]
+    first, last = (key.shape[2] - query.shape[2]) // block_size, (key.shape[2] - 1) // block_size
+    if first == last and query.shape[2] < key.shape[2]:
+        return _within_last(query, key, value, first * block_size, block_size, scale)
+    return block_landmark_total(query, key, value, block_size=block_size, scale=scale)[0]
 
 
 def block_landmark_total(
     query: Tensor, key: Tensor, value: Tensor, *, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and Z (B, H, N) without gradient, to join it with further keys."""
-    return _forward_op(query, key, value, block_size, scale)
+    return _forward_op(query, key, value, _cap(block_size, key.shape[2]), scale)
+
+
+def _within_last(
+    query: Tensor, key: Tensor, value: Tensor, before: int, size: int, scale: float
+) -> Tensor:
+    """Attend with queries that all lie in the last block: what is decoded, and nothing padded.
+
+    ``before``: keys of earlier blocks.
+    """
+    query = query * scale
+    queries, keys = query.shape[2], key.shape[2]
+    own = query @ key[:, :, before:].mT
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=own.device)
+    hidden = hidden.triu(keys - queries + 1)[:, before:]
+    if keys - before == size:
+        hidden[:, -1] = True
+    own = own.masked_fill(hidden, -torch.inf)
+    far = (query @ key[:, :, :before].mT).unflatten(-1, (before // size, size))
+    top = torch.cat((own, far[..., -1]), -1).softmax(-1)
+    own, gate = top.split((own.shape[-1], far.shape[3]), -1)
+    inner = far[..., :-1].softmax(-1) * gate[..., None]
+    inner = torch.nn.functional.pad(inner, (0, 1)).flatten(3)  # landmarks give nothing
+    return own @ value[:, :, before:] + inner @ value[:, :, :before]
+
+
+def _cap(block_size: int, keys: int) -> int:
+    """Return a block that is as good for so few keys, and needs less padding."""
+    return min(block_size, keys + 1)
 
 
 def block_flops(queries: int, keys: int, dim: int, value_dim: int, block_size: int) -> int:
     """Return the forward FLOPs of one head's matrix products."""
+    block_size = _cap(block_size, keys)
     first, count = _placement(queries, keys, block_size)
     pairs = count * block_size * block_size
     for rows, spans in _tiles(first, count, block_size):
