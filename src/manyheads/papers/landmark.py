@@ -265,7 +265,7 @@ PAPER = Paper(
         "manyheads.models.language.landmark.LandmarkLlama",
         "manyheads.models.language.landmark.apply_weight_diff",
     ),
-    recipe=None,
+    recipe="manyheads train lm --mixers landmark*4",
     claim=Claim(
         statement=(
             "A model trained with landmarks on short texts finds a pass key in texts many times as "
