@@ -21,6 +21,8 @@ from manyheads.attention import (
     strip_landmarks,
 )
 from manyheads.attention.landmark import landmark_places
+from manyheads.attention.landmark.fast import block_flops
+from manyheads.choose.flops import count_flops
 from manyheads.choose.memory import peak_memory
 
 
@@ -130,6 +132,14 @@ def test_steps_over_several_blocks_and_rows_of_different_lengths() -> None:
     expected = landmark(q, k, v, block_size=6, mask=mask)
     assert_close(torch.cat(parts, 2), expected, 1e-10)
     assert state.length.tolist() == [33, 35, 40]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (700, 1300), (513, 1024)])
+def test_products_of_a_prefix_are_counted(queries, keys) -> None:
+    q, k, v = draw(queries, keys, batch=1, heads=1, kv_heads=1)
+    for size in (3, 51, 64, 400):
+        counted = count_flops(lambda size=size: landmark(q, k, v, block_size=size)).total
+        assert counted == block_flops(queries, keys, 20, 20, size)
 
 
 def test_irregular_landmarks_keep_no_matrix() -> None:

@@ -81,8 +81,9 @@ def _flops(s: Shape) -> int:
 
 
 def _memory_numbers(s: Shape) -> int:
-    padded = s.length + BLOCK_SIZE
-    return s.batch * s.heads * (s.length * s.dv + padded * 2 * (s.head_dim + s.dv)) + 4 * (1 << 18)
+    # Whole blocks of queries (later outputs), keys and values, the output, and a tile of scores.
+    padded = (s.length + BLOCK_SIZE) * (s.head_dim + s.dv + max(s.head_dim, s.dv))
+    return s.batch * s.heads * (padded + s.length * s.dv) + (1 << 18)
 
 
 register_mechanism(

@@ -75,9 +75,12 @@ def block_flops(queries: int, keys: int, dim: int, value_dim: int, block_size: i
     """Return the forward FLOPs of one head's matrix products."""
     block_size = _cap(block_size, keys)
     first, count = _placement(queries, keys, block_size)
-    pairs = count * block_size * block_size
-    for rows, spans in _tiles(first, count, block_size):
-        pairs += sum((rows.stop - rows.start) * (s.stop - s.start) for s in spans) * block_size**2
+    rows = _rows(block_size)
+    tiles, rest = divmod(count, rows)
+    # Each tile of query blocks meets all blocks before its last.
+    met = rows * (tiles * (first - 1) + rows * tiles * (tiles + 1) // 2)
+    met += rest * (first + count - 1)
+    pairs = (count + met) * block_size**2
     return 2 * pairs * (dim + value_dim)
 
 
@@ -88,7 +91,10 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     out, total = _empty_out(query, value)
     blocks = _cut(query * scale, key, value, block_size)
-    padded = blocks.query.new_empty(*blocks.query.shape[:3], value.shape[-1])
+    # A tile's queries are not read again, so that its outputs may take their place.
+    same = query.shape[-1] == value.shape[-1]
+    shape = (*blocks.query.shape[:3], value.shape[-1])
+    padded = blocks.query if same else blocks.query.new_empty(shape)
     totals = padded.new_empty(padded.shape[:3])
     for heads in _head_tiles(blocks):
         q, k, v = (t[heads] for t in blocks[:3])
@@ -240,11 +246,16 @@ def _head_tiles(blocks: _Blocks) -> Iterator[slice]:
 
 def _tiles(first: int, count: int, size: int) -> Iterator[tuple[slice, list[slice]]]:
     """Yield spans of query blocks and, for each, the spans of key blocks before its last."""
-    rows, keys = max(1, _ROWS // size), max(1, _KEYS // size)
+    rows, keys = _rows(size), max(1, _KEYS // size)
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         last = first + stop - 1
         yield slice(start, stop), [slice(a, min(a + keys, last)) for a in range(0, last, keys)]
+
+
+def _rows(size: int) -> int:
+    """Return the query blocks of one tile."""
+    return max(1, _ROWS // size)
 
 
 def _tile(q: Tensor, k: Tensor, first: int, rows: slice, span: slice) -> tuple[Tensor, Tensor]:
