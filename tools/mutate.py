@@ -146,8 +146,8 @@ MUTATIONS = (
         "landmark: a landmark sees itself",
         "landmark",
         "attention/landmark/fast.py",
-        "hidden[:, -1] = True",
-        "hidden[:-1, -1] = True",
+        "hidden[:, -1] = True\n    return hidden",
+        "hidden[:-1, -1] = True\n    return hidden",
     ),
     Mutation(
         "landmark: one slot between old and recent blocks is missing",
