@@ -233,6 +233,25 @@ MUTATIONS = (
         "attention/orchid/module.py",
         "pad_length(u, weight.shape[-1] - 1, 0)",
         "pad_length(u, weight.shape[-1] - 2, 1)",
+        "landmark: the landmark's gradient keeps the whole mean",
+        "landmark",
+        "attention/landmark/fast.py",
+        "mean.squeeze(-1).sub_(dr).mul_(gate)",
+        "mean.squeeze(-1).mul_(gate)",
+    ),
+    Mutation(
+        "landmark: a landmark sees itself",
+        "landmark",
+        "attention/landmark/fast.py",
+        "hidden[:, -1] = True\n    return hidden",
+        "hidden[:-1, -1] = True\n    return hidden",
+    ),
+    Mutation(
+        "landmark: one slot between old and recent blocks is missing",
+        "landmark",
+        "attention/landmark/memory.py",
+        "(rank + (block >= self.seen - self.top_k))",
+        "(rank + 0 * block)",
     ),
 )
 

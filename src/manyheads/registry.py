@@ -26,6 +26,7 @@ _FILES = {
     "gla": "manyheads.attention.gla",
     "mamba": "manyheads.attention.mamba",
     "lean": "manyheads.attention.lean",
+    "landmark": "manyheads.attention.landmark",
     "norm": "manyheads.attention.norm",
     "routing": "manyheads.attention.routing",
     "sla": "manyheads.attention.sla",

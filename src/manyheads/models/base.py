@@ -36,6 +36,7 @@ _FILES = (
     "manyheads.models.language.flowformer_classifier",
     "manyheads.models.language.gla",
     "manyheads.models.language.mamba",
+    "manyheads.models.language.landmark",
     "manyheads.models.language.mixer_encoder",
     "manyheads.models.language.mixer_lm",
     "manyheads.models.language.routing",
