@@ -176,6 +176,8 @@ MUTATIONS = (
         "models/language/mamba.py",
         "self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)\n        self.mixer",
         "self.norm = RMSNorm(config.embed_dim, eps=1e-1)\n        self.mixer",
+    ),
+    Mutation(
         "sla: the row sums of the softmax are left out of its gradient",
         "sla",
         "attention/sla/sparse.py",
@@ -195,6 +197,8 @@ MUTATIONS = (
         "attention/sla/sparse.py",
         "absent = (places >= counts[..., None])",
         "absent = (places > counts[..., None])",
+    ),
+    Mutation(
         "lean: parts are merged without the factor of their maxima",
         "lean",
         "attention/lean/merge.py",
@@ -214,6 +218,8 @@ MUTATIONS = (
         "attention/lean/schedule.py",
         "share >= 0.85 * best",
         "share >= best",
+    ),
+    Mutation(
         "orchid: the magnitude is not squared",
         "orchid",
         "attention/orchid/network.py",
@@ -233,6 +239,8 @@ MUTATIONS = (
         "attention/orchid/module.py",
         "pad_length(u, weight.shape[-1] - 1, 0)",
         "pad_length(u, weight.shape[-1] - 2, 1)",
+    ),
+    Mutation(
         "landmark: the landmark's gradient keeps the whole mean",
         "landmark",
         "attention/landmark/fast.py",
