@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 import pytest
 
 from manyheads.choose.answer import decide
-from manyheads.choose.draw import colour, draw
+from manyheads.choose.draw import colour, draw, marker
 from manyheads.choose.html import page, write_report
 from manyheads.choose.machine import machine_facts
 from manyheads.choose.results import CostRow, QualityRow, Results, Summary, Unit
 from manyheads.choose.workload import Workload
+from manyheads.registry import list_mechanisms
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -100,8 +101,8 @@ def test_pictures_are_png_and_named(results, tmp_path) -> None:
 
 
 def test_colours_are_fixed_and_told_apart() -> None:
-    names = ["softmax", "gla", "norm", "flow", "aaren", "diag", "urpe"]
-    assert len({colour(n) for n in names}) == len(names)
+    names = list_mechanisms()
+    assert len({(colour(n), marker(n)) for n in names}) == len(names)
     assert colour("gla") == colour("gla", ("x",))
 
 

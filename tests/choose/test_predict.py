@@ -127,7 +127,9 @@ def test_closed_forms_answer_at_once_for_any_length(name) -> None:
     shape = Shape(length=10**12, is_causal=mechanism.causal)
     tracemalloc.start()
     for form in ("flops", "bytes_moved", "state_numbers", "memory_numbers"):
-        assert getattr(mechanism, form)(shape) > 0
+        count = getattr(mechanism, form)(shape)
+        # What does not decode holds no state.
+        assert count > 0 or (form == "state_numbers" and mechanism.step is None and count == 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000

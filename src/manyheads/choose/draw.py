@@ -1,6 +1,7 @@
 """The pictures of a report: time, memory, quality. matplotlib (extra ``choose``), no display.
 
-One colour a mechanism in all pictures, softmax in near-black; names stand at the lines' ends.
+One colour and shape a mechanism in all pictures, softmax in near-black; names stand at the
+lines' ends.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from manyheads.choose.workload import REFERENCE
 from manyheads.errors import require_extra
 from manyheads.registry import list_mechanisms
 
-__all__ = ["Picture", "colour", "draw"]
+__all__ = ["Picture", "colour", "draw", "marker"]
 
 # Okabe and Ito's palette, told apart with any colour vision; softmax keeps the dark one.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
+# With a shape of its own beside the colour, more mechanisms than colours are told apart.
+_MARKERS = "os^Dv<>Pp*h"
 _DARK = "#222222"
 _NAME_POINTS = 60.0  # about the width of a long name
 _STYLE: dict[Any, Any] = {
@@ -62,11 +65,21 @@ class Picture:
 
 def colour(mixer: str, hybrids: Iterable[str] = ()) -> str:
     """Return the colour of a mechanism or hybrid, the same in every picture."""
+    place = _place(mixer, hybrids)
+    return _DARK if place is None else _PALETTE[place % len(_PALETTE)]
+
+
+def marker(mixer: str, hybrids: Iterable[str] = ()) -> str:
+    """Return the shape of a mechanism's points; of one colour, no two have one shape."""
+    place = _place(mixer, hybrids)
+    return _MARKERS[0 if place is None else place // len(_PALETTE) % len(_MARKERS)]
+
+
+def _place(mixer: str, hybrids: Iterable[str]) -> int | None:
     if mixer == REFERENCE:
-        return _DARK
+        return None
     names = [n for n in list_mechanisms() if n != REFERENCE] + sorted(hybrids)
-    place = names.index(mixer) if mixer in names else len(names)
-    return _PALETTE[place % len(_PALETTE)]
+    return names.index(mixer) if mixer in names else len(names)
 
 
 def draw(results: Results) -> list[Picture]:
@@ -108,11 +121,15 @@ def _lines(results: Results, axis: Any, phase: str) -> None:
         y = [getattr(r, name) for r in rows]
         known = [name not in r.predicted for r in rows]
         last = max((i for i, k in enumerate(known) if k), default=-1)
-        style = {"color": shade, "lw": 2.4 if mixer == REFERENCE else 1.8}
-        axis.plot(x[: last + 1], y[: last + 1], marker="o", ms=4, **style)
+        style = {
+            "color": shade,
+            "lw": 2.4 if mixer == REFERENCE else 1.8,
+            "marker": marker(mixer, results.workload.hybrids),
+        }
+        axis.plot(x[: last + 1], y[: last + 1], ms=4, **style)
         if last + 1 < len(x):
             start = max(last, 0)
-            axis.plot(x[start:], y[start:], ls=":", marker="o", ms=4, mfc="white", **style)
+            axis.plot(x[start:], y[start:], ls=":", ms=4, mfc="white", **style)
         low = [getattr(r, f"{phase}_lower") or getattr(r, name) for r in rows]
         high = [getattr(r, f"{phase}_upper") or getattr(r, name) for r in rows]
         axis.fill_between(x, low, high, color=shade, alpha=0.15, lw=0)
@@ -157,7 +174,8 @@ def _memory(results: Results) -> Picture | None:
                 shade = colour(mixer, results.workload.hybrids)
                 x, y = [r.length for r in rows], [getattr(r, field) for r in rows]
                 width = 2.4 if mixer == REFERENCE else 1.8
-                axis.plot(x, y, color=shade, marker="o", ms=4, lw=width)
+                shape = marker(mixer, results.workload.hybrids)
+                axis.plot(x, y, color=shade, marker=shape, ms=4, lw=width)
                 ends.append((x[-1], y[-1], mixer, shade))
             _log(axis, results.workload.ladder)
             _labels(axis, ends)
@@ -206,7 +224,10 @@ def _probes(results: Results) -> Picture | None:
             for i, q in enumerate(sorted(rows, key=lambda q: q.mixer)):
                 shade = colour(q.mixer, results.workload.hybrids)
                 x = q.state_bytes if sized else i
-                axis.errorbar([x], [q.value], yerr=q.spread, fmt="o", ms=7, color=shade, capsize=2)
+                axis.errorbar(
+                    [x], [q.value], yerr=q.spread, ms=7, color=shade, capsize=2,
+                    fmt=marker(q.mixer, results.workload.hybrids),
+                )  # fmt: skip
                 ends.append((x, q.value, q.mixer, shade))
             if sized:
                 axis.set_xscale("log")

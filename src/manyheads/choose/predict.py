@@ -112,11 +112,15 @@ def _input_bytes(name: str, shape: Shape, element_bytes: int) -> int:
 
 
 def closed_peak_bytes(what: str, mechanism: Mechanism, shape: Shape, element_bytes: int = 4) -> int:
-    """Return the closed form of the peak above the inputs; the inside is float32 at least."""
+    """Return the closed form of the peak above the inputs; the inside is float32 at least.
+
+    Of training it is the least: gradients of the inputs, and half of what the forward pass held
+    once more (backward passes that make their tiles again hold no more than that).
+    """
     numbers = mechanism.memory_numbers(shape) * max(element_bytes, 4)
     if what != "train":
         return numbers
-    return 2 * numbers + input_bytes(mechanism, shape, element_bytes)
+    return numbers * 3 // 2 + input_bytes(mechanism, shape, element_bytes)
 
 
 def predict_peak_bytes(

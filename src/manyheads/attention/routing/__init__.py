@@ -130,13 +130,14 @@ register_mechanism(
         positional=True,
         exact=False,
         constant_state=True,
-        cost="O(N C D + N W D), C clusters of W tokens; O(N^1.5 D) with sqrt(N) of both",
+        cost="O(N (C+W) D), C clusters of W",
         flops=_flops,
         bytes_moved=lambda s: 8 * s.batch * s.length * s.heads * (s.head_dim + s.dv),
         state_numbers=lambda s: s.batch * s.heads * _CLUSTERS * _WINDOW * (s.head_dim + s.dv),
         memory_numbers=_memory_numbers,
         inputs=_inputs,
         notes=(
+            "with as many clusters as tokens in each, sqrt(N), a pass is O(N^1.5 D)",
             "costs are those of 8 clusters of 64 tokens, the layer's default, with queries and "
             "keys that route separately",
             "bidirectional, and causal with selection='top', later tokens decide who meets",
