@@ -102,7 +102,7 @@ register_mechanism(
         positional=True,
         exact=False,
         constant_state=False,
-        cost="O(N² D), with a memory O(N (N/L + k L) D)",
+        cost="O(N² D), with memory O(N (N/L + k L) D)",
         flops=_flops,
         bytes_moved=lambda s: 4 * s.batch * s.length * (s.heads + s.hkv) * (s.head_dim + s.dv),
         state_numbers=lambda s: s.batch * s.hkv * s.length * (s.head_dim + s.dv),
