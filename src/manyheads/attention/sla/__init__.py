@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyheads.attention.sla.blocks import BlockRule, block_count
+from manyheads.attention.sla.blocks import BlockRule
 from manyheads.attention.sla.definition import SLAWeights, sla_reference, sla_weights
 from manyheads.attention.sla.module import (
     SLAAttention,
@@ -29,6 +29,7 @@ from manyheads.attention.sla.module import (
 )
 from manyheads.attention.sla.op import SLAParts, sla, sla_parts
 from manyheads.attention.sla.picture import draw_block_map
+from manyheads.layers.blocks import block_count
 from manyheads.registry import Mechanism, Shape, register_mechanism
 
 __all__ = [
