@@ -61,13 +61,15 @@ class Gathered:
         self.rows = block_count(queries, block_q)
         self.blocks = block_count(keys, block_k) + 1
         self.key, self.value = (_blocks(t, block_k) for t in (key, value))
+        rows = max(1, self.rows)
         row = torch.arange(self.batch * self.heads * self.rows, device=query.device)
-        self.sample = row // (self.rows * self.heads) if len(row) else row
-        self.head = row // self.rows % self.heads if len(row) else row
+        self.row = row % rows
+        self.head = row // rows % max(1, self.heads)
+        self.sample = row // (rows * max(1, self.heads))
         own = self.sample * kv_heads + self.head // (self.heads // kv_heads)
         self.first = own * self.blocks  # the first block of a row's keys
         place = self.sample * (visits.batch > 1) * visits.heads + self.head * (visits.heads > 1)
-        self.list = place * self.rows + (row % self.rows if len(row) else row)
+        self.list = place * self.rows + self.row
         counts = F.pad(lengths_as_counts(lengths, keys, block_k, key), (0, 1))
         places = torch.arange(block_k, device=key.device)
         absent = places >= counts.expand(self.batch, -1)[..., None]
@@ -128,5 +130,5 @@ def _blocks(x: Tensor, block: int) -> Tensor:
 def joined(x: Tensor, like: Tensor) -> Tensor:
     """(B · H · P, block, V) to (B, H, N, V), without what filled up the last block."""
     batch, heads, queries, _ = like.shape
-    y = x.view(batch, heads, x.shape[0] // max(1, batch * heads) * x.shape[1], x.shape[2])
+    y = x.view(batch, heads, block_count(queries, x.shape[1]) * x.shape[1], x.shape[2])
     return y[:, :, :queries].contiguous()

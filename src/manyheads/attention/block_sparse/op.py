@@ -121,10 +121,9 @@ def _backward_op(
     delta = (out * grad).sum(-1, keepdim=True)
     if (lib := library("sparse", like=query)) is not None:
         dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
-        rows, blocks = block_count(query.shape[2], block_q), block_count(key.shape[2], block_k)
         scratch, sizes = _scratch_and_sizes(query, key, value, visits, block_q, block_k)
         given = [t.contiguous() for t in (grad, query, key, value, lse, delta)]
-        turned = turn(offsets, columns, rows, blocks)
+        turned = turn(visits, block_count(key.shape[2], block_k))
         lib("sparse_backward", *given, *_lists(visits, lengths), *turned, dq, dk, dv, scratch,
             *sizes)  # fmt: skip
         return dq, dk, dv

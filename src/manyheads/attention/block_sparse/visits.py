@@ -47,19 +47,15 @@ class Turned(NamedTuple):
     sources: Tensor
 
 
-def turn(offsets: Tensor, columns: Tensor, rows: int, blocks: int) -> Turned:
-    """Return for each key block its visits, in the order of the lists.
-
-    Args:
-        offsets, columns: as of :class:`Visits`.
-        rows, blocks: P and Q.
-    """
-    lists = (len(offsets) - 1) // max(rows, 1)
+def turn(visits: Visits, blocks: int) -> Turned:
+    """Return for each of Q key blocks its visits, in the order of the lists."""
+    offsets, columns, lists = visits.offsets, visits.columns, visits.batch * visits.heads
+    rows = max(1, (len(offsets) - 1) // max(1, lists))
     row = torch.arange(len(offsets) - 1, device=columns.device)
     row = row.repeat_interleave(offsets.diff(), output_size=len(columns))
     there = (columns < blocks).nonzero()[:, 0]  # blocks without tokens get no visits
     row = row[there]
-    owner = row.div(max(rows, 1), rounding_mode="floor") * blocks + columns[there]
+    owner = row.div(rows, rounding_mode="floor") * blocks + columns[there]
     owner, order = owner.sort(stable=True)
     starts = torch.searchsorted(owner, torch.arange(lists * blocks + 1, device=owner.device))
-    return Turned(starts, there[order], row[order] % max(rows, 1))
+    return Turned(starts, there[order], row[order] % rows)

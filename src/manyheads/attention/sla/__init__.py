@@ -28,7 +28,6 @@ from manyheads.attention.sla.module import (
     SparseLinearConfig,
 )
 from manyheads.attention.sla.op import SLAParts, sla, sla_parts
-from manyheads.attention.sla.picture import draw_block_map
 from manyheads.layers.blocks import block_count
 from manyheads.registry import Mechanism, Shape, register_mechanism
 
@@ -39,7 +38,6 @@ __all__ = [
     "SLAWeights",
     "SparseLinearAttention",
     "SparseLinearConfig",
-    "draw_block_map",
     "sla",
     "sla_parts",
     "sla_reference",
