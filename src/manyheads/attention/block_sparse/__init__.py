@@ -5,7 +5,8 @@ lists of whole and partial key blocks for each block of queries.
 """
 
 from manyheads.attention.block_sparse.function import block_sparse, block_sparse_reference
-from manyheads.attention.block_sparse.mask import BlockMask, create_block_mask
+from manyheads.attention.block_sparse.lowering import create_block_mask
+from manyheads.attention.block_sparse.mask import BlockMask
 from manyheads.attention.block_sparse.mods import (
     and_masks,
     causal_mask,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.attention.block_sparse.mask import BlockMask, as_block_mask
+from manyheads.attention.block_sparse.lowering import as_block_mask
+from manyheads.attention.block_sparse.mask import BlockMask
 from manyheads.attention.block_sparse.mods import ScoreMod
 from manyheads.attention.block_sparse.op import attend_visits
 from manyheads.attention.block_sparse.scored import attend_scored
