@@ -221,6 +221,25 @@ def test_what_a_score_mod_holds_gets_its_gradient() -> None:
             assert_close(grad, want, 1e-9)
 
 
+GLOBAL = torch.tensor(0.7).double().requires_grad_()
+
+
+class Hidden:
+    factor = torch.tensor(0.7).double().requires_grad_()
+
+
+def test_globals_get_theirs_and_what_is_not_found_raises() -> None:
+    leaves = [t.requires_grad_() for t in draw()]
+    grads = []
+    for attend in (block_sparse, block_sparse_reference):
+        out = attend(*leaves, score_mod=lambda s, b, h, q, k: s * GLOBAL)
+        grads.append(torch.autograd.grad(out.square().sum(), GLOBAL)[0])
+    assert_close(*grads, 1e-9)
+    out = block_sparse(*leaves, score_mod=lambda s, b, h, q, k: s * Hidden.factor)
+    with pytest.raises(ValueError, match="close over"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("size", [128, (32, 16), (128, 64)])
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "heads", "everything"])
 def test_masks_of_flex_attention_are_taken(size, name) -> None:

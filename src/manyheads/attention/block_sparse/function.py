@@ -44,7 +44,7 @@ def block_sparse(
             ``torch.nn.attention.flex_attention``; None: every pair.
         score_mod: (score, b, h, q_idx, kv_idx) -> score, over tensors that broadcast against each
             other, on scaled scores before the mask. Gradients reach the tensors that it closes
-            over, or that a module or partial holds; not globals. Computed again in backward.
+            over or names, or that a module or partial holds. Computed again in backward.
         scale: factor on the scores, D ** -0.5 unless given.
 
     Returns:

@@ -9,6 +9,7 @@ B batch, H heads, N queries, M keys, D head dim, V value dim, R rows of a chunk.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,9 @@ from manyheads.attention.block_sparse.visits import Visits
 from manyheads.layers.blocks import cut
 
 __all__ = ["attend_scored", "held_tensors"]
+
+# Of a function's globals: what holds tensors, and no Python modules or classes.
+_HOLDERS = (Tensor, nn.Module, functools.partial, types.FunctionType, dict, list, tuple)
 
 
 def attend_scored(
@@ -67,6 +71,7 @@ class _Scored(torch.autograd.Function):
         dk, dv = torch.zeros_like(gathered.key), torch.zeros_like(gathered.value)
         wanted = [t for t, need in zip(ctx.held, ctx.needs_input_grad[4:], strict=True) if need]
         sums: list[Tensor | None] = [None] * len(wanted)
+        checked = False
         places = _Places(gathered, query, key, block_q)
         for chunk in gathered:
             with torch.enable_grad():
@@ -74,6 +79,9 @@ class _Scored(torch.autograd.Function):
                     t.detach().requires_grad_() for t in (q[chunk.rows], *gathered.take(chunk))
                 ]
                 out = _attend(leaves[0], leaves[1], leaves[2], chunk, places, score_mod)
+            if not checked:
+                _check_all_held(out, [*leaves, *ctx.held])
+                checked = True
             grads = torch.autograd.grad(
                 out, [*leaves, *wanted], g[chunk.rows], allow_unused=True, materialize_grads=False
             )
@@ -133,11 +141,29 @@ def _attend(
     return torch.bmm(weights, values) / total.masked_fill(total == 0, 1)
 
 
+def _check_all_held(out: Tensor, known: list[Tensor]) -> None:
+    """Raise if a leaf with gradient takes part that is not known: its gradient would be lost."""
+    ends = {t.grad_fn for t in known}
+    nodes, seen = [out.grad_fn], set(ends)
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is t for t in known):
+            raise ValueError(
+                f"score_mod reads a tensor of shape {tuple(leaf.shape)} with gradient that was not "
+                "found in it: let it close over the tensor, or hand it over by functools.partial"
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
 def held_tensors(function: Any) -> list[Tensor]:
     """Return the tensors with gradients that a function holds, each once.
 
-    They are looked for in its closure, its bound arguments and object, in modules' parameters and
-    in lists, tuples and dicts of these; not among globals.
+    They are looked for in its closure, the globals that it names, its bound arguments and object,
+    in modules' parameters, and in functions, lists, tuples and dicts of these.
     """
     found: dict[int, Tensor] = {}
     seen: set[int] = set()
@@ -162,13 +188,13 @@ def _held(value: Any, seen: set[int]) -> Iterator[Tensor]:
         inside = list(value.values())
     elif isinstance(value, list | tuple | set):
         inside = list(value)
-    elif callable(value):
-        inside = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-        inside += [getattr(value, "__self__", None), *(getattr(value, "__defaults__", None) or ())]
-        inside += (
-            list(vars(value).values())
-            if not isinstance(value, type) and hasattr(value, "__dict__")
-            else []
-        )
+    elif isinstance(value, types.FunctionType):
+        known = value.__globals__
+        inside = [known[n] for n in value.__code__.co_names if isinstance(known.get(n), _HOLDERS)]
+        inside += [cell.cell_contents for cell in value.__closure__ or ()]
+        inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif callable(value) and not isinstance(value, type):
+        inside = [getattr(value, "__self__", None), getattr(value, "__func__", None)]
+        inside += list(getattr(value, "__dict__", {}).values())
     for item in inside:
         yield from _held(item, seen)
