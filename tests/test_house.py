@@ -126,7 +126,7 @@ def test_help_answers_at_once() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "choose", "train", "generate", "bench", "claims", "papers", "list", "doctor"
+        "choose", "train", "generate", "bench", "claims", "papers", "list", "draw", "doctor"
     ]  # fmt: skip
     assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "urpe-tasks"]
 

@@ -180,8 +180,8 @@ MUTATIONS = (
     Mutation(
         "sla: the row sums of the softmax are left out of its gradient",
         "sla",
-        "attention/sla/sparse.py",
-        "torch.bmm(g[rows], values.mT).sub_(delta[rows])",
+        "attention/block_sparse/op.py",
+        "torch.bmm(g[rows], values.mT).sub_(deltas[rows])",
         "torch.bmm(g[rows], values.mT)",
     ),
     Mutation(
@@ -194,9 +194,9 @@ MUTATIONS = (
     Mutation(
         "sla: one absent key of the last block is seen",
         "sla",
-        "attention/sla/sparse.py",
-        "absent = (places >= counts[..., None])",
-        "absent = (places > counts[..., None])",
+        "attention/block_sparse/gathered.py",
+        "absent = places >= counts.expand",
+        "absent = places > counts.expand",
     ),
     Mutation(
         "lean: parts are merged without the factor of their maxima",

@@ -89,6 +89,11 @@ VERBS: dict[str, Verb] = {
         "manyheads.choose.facts:ListOptions",
         "manyheads.choose.facts:run",
     ),
+    "draw": Verb(
+        "draw which blocks of an attention matrix are computed",
+        "manyheads.choose.block_map:DrawOptions",
+        "manyheads.choose.block_map:run",
+    ),
     "doctor": Verb(
         "say what is installed, what is missing and what that costs",
         "manyheads.choose.doctor:DoctorOptions",

@@ -27,6 +27,7 @@ from manyheads.attention import (
     softmax,
 )
 from manyheads.choose.memory import peak_memory
+from manyheads.native import disabled
 
 VARIANTS = ["main", "sla1", "paper"]
 
@@ -96,6 +97,26 @@ def test_queries_of_another_sequence(variant, queries, keys) -> None:
     mask[1] = False
     out = sla(q, k, v, w, b, mask=mask, query_mask=torch.ones_like(query_mask), **options)
     assert (out[1] == 0).all(), "no key, no output: not even the bias"
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (20, 7), (5, 100)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_kernel_is_the_torch_form(block_q, block_k, masked) -> None:
+    """In float32: output and gradients, tails, groups, padded rows, one of them empty."""
+    leaves = [t.float().requires_grad_() for t in
+              draw(batch=3, heads=4, queries=517, keys=517, dim=24, value=40)[:3]]  # fmt: skip
+    mask = torch.rand(3, 517) < 0.6 if masked else None
+    if mask is not None:
+        mask[1] = False
+
+    def run():
+        out = sla(*leaves, topk=0.3, block_q=block_q, block_k=block_k, mask=mask)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    with disabled():
+        expected = run()
+    for found, want in zip(run(), expected, strict=True):
+        assert_close(found, want, 1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

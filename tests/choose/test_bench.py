@@ -134,6 +134,18 @@ def test_targets_of_the_special_measurements() -> None:
     assert found["urpe at 8"]["met"] is True
 
 
+def test_targets_of_sla() -> None:
+    made_up = {
+        "length": 32_768, "forward": {"times_faster": 16.0}, "backward": {"times_faster": 5.0},
+        "largest_tensor_bytes": 1, "square_bytes": 1000,
+    }  # fmt: skip
+    found = verdicts([], {"sla_against_softmax": made_up})
+    met = {what: v["met"] for what, v in found.items() if v["met"] is not None}
+    assert list(met.values()) == [True, False, True]
+    short = verdicts([], {"sla_against_softmax": made_up | {"length": 512}})
+    assert all(v["met"] is None for v in short.values())
+
+
 def test_streaming_holds_for_every_mechanism_that_streams() -> None:
     found = special._streaming(quick=True, seed=0)
     assert {r["mechanism"] for r in found} == {

@@ -11,13 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch._ops import OpOverload
 
 from manyheads.choose.dispatch import DeepMode, operator_name, tensors_in
 from manyheads.choose.flop_formulas import FORMULAS, TRANSPARENT
 from manyheads.choose.operator_kinds import is_light, moves_only
+from manyheads.native import disabled
 
 __all__ = ["FlopCount", "FlopCounter", "UncountedError", "count_flops", "register_flops"]
 
@@ -85,6 +86,16 @@ class FlopCounter(DeepMode):
                 f"no FLOP formula for {', '.join(sorted(self.uncounted))}: give one with "
                 "register_flops, or the total would be too small"
             )
+
+    def __enter__(self) -> Self:
+        # What a compiled kernel computes cannot be seen: the PyTorch forms do the same work.
+        self._kernels = disabled()
+        self._kernels.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._kernels.__exit__(None, None, None)
+        return super().__exit__(*error)
 
     def handle(self, func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = operator_name(func)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyheads.attention.sla.blocks import BlockRule, block_count
+from manyheads.attention.sla.blocks import BlockRule
 from manyheads.attention.sla.definition import SLAWeights, sla_reference, sla_weights
 from manyheads.attention.sla.module import (
     SLAAttention,
@@ -28,7 +28,7 @@ from manyheads.attention.sla.module import (
     SparseLinearConfig,
 )
 from manyheads.attention.sla.op import SLAParts, sla, sla_parts
-from manyheads.attention.sla.picture import draw_block_map
+from manyheads.layers.blocks import block_count
 from manyheads.registry import Mechanism, Shape, register_mechanism
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "SLAWeights",
     "SparseLinearAttention",
     "SparseLinearConfig",
-    "draw_block_map",
     "sla",
     "sla_parts",
     "sla_reference",

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from manyheads.layers.blocks import cut, lengths_as_counts
 from manyheads.layers.heads import repeat_kv
 
-__all__ = ["BlockRule", "Selection", "block_count", "cut", "lengths_as_counts", "select"]
+__all__ = ["BlockRule", "Selection", "select"]
 
 
 class BlockRule(NamedTuple):
@@ -41,24 +41,6 @@ class Selection(NamedTuple):
 
     block_map: Tensor
     table: Tensor
-
-
-def block_count(length: int, block: int) -> int:
-    """Return how many blocks hold ``length`` tokens."""
-    return -(-length // block)
-
-
-def cut(x: Tensor, block: int) -> Tensor:
-    """Cut (B, H, N, D) into (B, H, blocks, block, D), the last one filled up with zeros."""
-    missing = -x.shape[2] % block
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, block))
-
-
-def lengths_as_counts(lengths: Tensor | None, length: int, block: int, like: Tensor) -> Tensor:
-    """Return the real tokens of each block, (1 or B, blocks)."""
-    total = like.new_full((1,), length, dtype=torch.long) if lengths is None else lengths
-    starts = torch.arange(block_count(length, block), device=like.device) * block
-    return (total[:, None] - starts).clamp(0, block)
 
 
 @torch.no_grad()

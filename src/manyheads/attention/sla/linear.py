@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.attention.sla.blocks import cut
 from manyheads.errors import unknown_name
+from manyheads.layers.blocks import cut
 from manyheads.layers.heads import repeat_kv
 
 __all__ = ["EPS", "FEATURE_MAPS", "feature_map_of", "linear_all", "linear_marginal", "quotient"]

@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.attention.block_sparse.op import attend_visits
+from manyheads.attention.block_sparse.visits import Visits
 from manyheads.attention.sla.blocks import BlockRule, Selection, select
 from manyheads.attention.sla.linear import feature_map_of, linear_all, linear_marginal
 from manyheads.attention.sla.rows import Rows
-from manyheads.attention.sla.sparse import sparse_attention
 from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv
 from manyheads.layers.ragged import map_packed
@@ -198,14 +199,14 @@ def sla_parts(
 def _sparse(rows: Rows, rule: BlockRule, scale: float | None) -> tuple[Selection, Tensor]:
     scale = rows.query.shape[-1] ** -0.5 if scale is None else scale
     selection = select(rows.query, rows.key, rule, rows.lengths)
-    out = sparse_attention(
+    out, _ = attend_visits(
         rows.query * scale,
         rows.key,
         rows.value,
-        selection.table,
-        lengths=rows.lengths[1],
+        Visits.from_table(selection.table),
         block_q=rule.block_q,
         block_k=rule.block_k,
+        lengths=rows.lengths[1],
     )
     return selection, out
 

@@ -133,6 +133,18 @@ def _urpe_memory(_: Summary, special: dict[str, Any]) -> float | None:
     return max(r["peak_bytes"] / r["square_bytes"] for r in rows)
 
 
+def _sla(what: str) -> Callable[[Summary, dict[str, Any]], float | None]:
+    def measure(_: Summary, special: dict[str, Any]) -> float | None:
+        found = special.get("sla_against_softmax", {})
+        if found.get("length") != 32_768:
+            return None
+        if what == "memory":
+            return float(found["largest_tensor_bytes"] / found["square_bytes"])
+        return float(found[what]["times_faster"])
+
+    return measure
+
+
 TARGETS = (
     _faster("gla", "causal", 6),
     _crosses("gla", "causal", 1024),
@@ -178,6 +190,23 @@ TARGETS = (
         at_least=False,
         unit="x",
         measure=_urpe_memory,
+    ),
+    *(
+        Target(
+            what=f"sla, 5 % of the blocks, {what} at 32,768, a head of 128: times as fast as SDPA",
+            bound=bound,
+            at_least=True,
+            unit="x",
+            measure=_sla(what),
+        )
+        for what, bound in (("forward", 15.0), ("backward", 6.8))
+    ),
+    Target(
+        what="sla at 32,768, forward and backward: largest tensor over one N x N tensor",
+        bound=1 / 128,
+        at_least=False,
+        unit="x",
+        measure=_sla("memory"),
     ),
     *(make(name, way) for name, way in _LINEAR for make in (_exponent, _exponent_kept)),
 )

@@ -99,6 +99,14 @@ def _special(special: dict[str, Any]) -> str:
             if d in memory
         )
         lines.append(f"urpe without gradients at {memory['length']:,}: peak {figures}")
+    if sla := special.get("sla_against_softmax"):
+        lines.append(
+            f"sla, 5 % of the blocks, against SDPA at {sla['length']:,}, one head of "
+            f"{sla['head_dim']}: forward {sla['forward']['times_faster']:.1f}x, backward "
+            f"{sla['backward']['times_faster']:.1f}x; largest tensor "
+            f"{show_bytes(sla['largest_tensor_bytes'])} (one square: "
+            f"{show_bytes(sla['square_bytes'])})"
+        )
     if (kept := special.get("memory_kept", {})).get("rows"):
         head = ["memory kept", *(f"{n:,}" for n in kept["lengths"]), "exponent"]
         grown = [
