@@ -1,25 +1,26 @@
-"""The selective scan by chunks: one bulk exponential a chunk, a memory-lean backward.
+"""The selective scan as one operator: kernels where they can be had, chunks in PyTorch elsewhere.
 
-B batch, H groups, N length, D state size, V channels a group, T tokens a chunk, n chunks.
+B batch, H groups, N length, D state size, V channels a group, n chunks, S slices of the channels.
 
-Every state of every channel decays at its own rate, so there is no matrix product to hide the
-recurrence in. What can be had: exponentials and products are made for a chunk at once in two
-buffers that fit the processor's cache, the recurrence itself is one multiply-add a token on
-them, channels are the innermost axis, and of the (B, N, H, D, V) states only one a chunk is kept.
-The backward makes the states of a chunk again and walks it in reverse.
+Steps, skip and gate are part of the operator: what it saves for the backward are its inputs and
+the states at the chunks' borders, and nothing else of the size of its inputs ever exists.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from manyheads.attention.mamba.chunked import ScanInputs, scan_backward, scan_forward
 from manyheads.layers.precision import without_autocast
+from manyheads.native import Library, library, strided
 
-__all__ = ["mamba_chunked"]
+__all__ = ["mamba_scan"]
 
 
-def mamba_chunked(
+def mamba_scan(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -27,49 +28,105 @@ def mamba_chunked(
     a: Tensor,
     memory: Tensor,
     *,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softplus: bool,
     chunk_size: int,
+    kernel: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs (B, H, N, V) and the final memory (B, H, V, D).
 
-    Arguments as in `mamba_recurrence`, all of one dtype, float32 or float64.
+    Arguments as in `mamba`, all of one dtype, float32 or float64, and as many key heads as query
+    heads; ``kernel`` False keeps to PyTorch.
     """
-    out, final, _ = _forward_op(query, key, value, delta, a.mT, memory.mT, chunk_size)
+    out, final, _ = _forward_op(
+        query, key, value, delta, a.mT, memory.mT, skip, gate, bias, mask, softplus, chunk_size,
+        kernel, torch.is_grad_enabled(),
+    )  # fmt: skip
     return out, final.mT
 
 
-def _cut(t: Tensor, start: int, stop: int) -> Tensor:
-    """Tokens start:stop of (B, H, N, ·) as (T, B, H, ·), channels innermost in memory too."""
-    return t[:, :, start:stop].permute(2, 0, 1, 3).contiguous()
+def _by_token(t: Tensor, last: int) -> Tensor:
+    """An empty (B, H, N, ·) that lies in memory as (B, N, H, ·): merging its heads is free."""
+    batch, heads, length, _ = t.shape
+    return t.new_empty(batch, length, heads, last).transpose(1, 2)
 
 
-def _buffer(query: Tensor, a: Tensor, chunk_size: int) -> Tensor:
-    batch, _, length, _ = query.shape
-    return query.new_empty(min(chunk_size, length), batch, *a.shape)
+def _rows(t: Tensor | None) -> Tensor | None:
+    """``t``, its last axis contiguous."""
+    if t is None or t.stride(-1) == 1 or t.shape[-1] == 1:
+        return t
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _states(
-    steps: Tensor, key: Tensor, scaled: Tensor, a: Tensor, memory: Tensor, buffers: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return the decays and the states of a chunk, (T, B, H, D, V), in the buffers.
-
-    Args:
-        steps: δ (T, B, H, V).
-        key: (T, B, H, D).
-        scaled: δx (T, B, H, V).
-        a: (H, D, V).
-        memory: (B, H, D, V) before the chunk.
-        buffers: two of at least T tokens.
-    """
-    count = steps.shape[0]
-    decay, states = (b[:count] for b in buffers[:2])
-    torch.mul(steps[..., None, :], a, out=decay).exp_()
-    torch.mul(key[..., None], scaled[..., None, :], out=states)
-    for state, factor in zip(states.unbind(0), decay.unbind(0), strict=True):
-        memory = state.addcmul_(factor, memory)
-    return decay, states
+def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(s for t in tensors for s in ((0, 0, 0) if t is None else t.stride()[:3]))
 
 
-@torch.library.custom_op("manyheads::mamba_chunked", mutates_args=())
+def _slices(batch: int, heads: int, channels: int) -> int:
+    """How many parts the channels of one group are cut into, so that all threads have work."""
+    threads = torch.get_num_threads()
+    wanted = threads // math.gcd(max(batch * heads, 1), threads)
+    return max(1, min(wanted, -(-channels // 16)))
+
+
+def _kernel_inputs(x: ScanInputs, chunk_size: int) -> tuple[list[Tensor | None], list[Tensor | None], tuple[int, ...]]:
+    moving = [_rows(t) for t in (x.query, x.key, x.value, x.delta, x.gate)]
+    fixed = [
+        None if t is None else t.contiguous() for t in (x.a, x.skip, x.bias, x.mask)
+    ]
+    batch, heads, length, states = x.query.shape
+    channels = x.value.shape[3]
+    sizes = (batch, heads, length, states, channels, chunk_size, _slices(batch, heads, channels),
+             int(x.softplus), torch.get_num_threads())  # fmt: skip
+    return moving, fixed, sizes
+
+
+def _native_forward(
+    lib: Library, x: ScanInputs, memory: Tensor, out: Tensor, borders: Tensor | None,
+    chunk_size: int,
+) -> Tensor:  # fmt: skip
+    moving, fixed, sizes = _kernel_inputs(x, chunk_size)
+    final = memory.clone(memory_format=torch.contiguous_format)
+    lib("scan_forward", *map(strided, moving), *fixed, final, borders, strided(out), sizes,
+        _strides(*moving, out))  # fmt: skip
+    return final
+
+
+def _native_backward(
+    lib: Library,
+    x: ScanInputs,
+    borders: Tensor,
+    grad_out: Tensor,
+    carried: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moving, fixed, sizes = _kernel_inputs(x, chunk_size)
+    batch, heads, length, states = x.query.shape
+    slices, threads = sizes[6], sizes[8]
+    rows = _rows(grad_out)
+    carry = carried.clone(memory_format=torch.contiguous_format)
+    shared = [x.query.new_empty(slices, batch, length, heads, states).transpose(2, 3)
+              for _ in range(2)] if slices > 1 else list(grads[:2])  # fmt: skip
+    grad_a = torch.zeros_like(carry)
+    grad_skip, grad_bias = (grad_a.new_zeros(batch, heads, sizes[4]) for _ in range(2))
+    own = 16 * (states * (4 * chunk_size + 1) + 2 * chunk_size)
+    scratch = x.query.new_empty(threads * own)
+    outputs = (*(t if slices == 1 else t[0] for t in shared), *grads[2:])
+    lib("scan_backward", *map(strided, moving), *fixed, borders, strided(rows), carry,
+        *map(strided, outputs), grad_a, grad_skip, grad_bias, scratch, sizes,
+        _strides(*moving, rows, *outputs))  # fmt: skip
+    if slices > 1:
+        for whole, parts in zip(grads, shared, strict=False):
+            assert whole is not None
+            torch.sum(parts, 0, out=whole)
+    return carry, grad_a, grad_skip, grad_bias
+
+
+@torch.library.custom_op("manyheads::mamba_scan", mutates_args=())
 @without_autocast
 def _forward_op(
     query: Tensor,
@@ -78,34 +135,37 @@ def _forward_op(
     delta: Tensor,
     a: Tensor,
     memory: Tensor,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softplus: bool,
     chunk_size: int,
+    kernel: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    length = query.shape[2]
-    out = torch.empty_like(value)  # laid out as its input, as the gradients are
-    firsts = query.new_empty(-(-length // chunk_size), *memory.shape)
-    memory, a = memory.contiguous(), a.contiguous()
-    buffers = [_buffer(query, a, chunk_size) for _ in range(2)]
-    for chunk, start in enumerate(range(0, length, chunk_size)):
-        stop = min(start + chunk_size, length)
-        firsts[chunk] = memory
-        steps, k = _cut(delta, start, stop), _cut(key, start, stop)
-        _, states = _states(steps, k, steps * _cut(value, start, stop), a, memory, buffers)
-        y = (_cut(query, start, stop)[..., None, :] @ states).squeeze(-2)
-        out[:, :, start:stop] = y.permute(1, 2, 0, 3)
-        memory = states[-1].clone()
-    # An operator returns no argument, and hands out memory in one layout.
-    return out, memory.clone(), firsts
+    x = ScanInputs(query, key, value, delta, a.contiguous(), skip, gate, bias, mask, softplus)
+    out = _by_token(query, value.shape[3])
+    chunks = -(-query.shape[2] // chunk_size) if keep else 0
+    borders = query.new_empty(chunks, *memory.shape)
+    lib = library("scan", like=query) if kernel else None
+    at = borders if keep else None
+    if lib is None:
+        final = scan_forward(x, memory.contiguous(), out, at, chunk_size)
+    else:
+        final = _native_forward(lib, x, memory, out, at, chunk_size)
+    return out, final, borders
 
 
 @_forward_op.register_fake
-def _(query, key, value, delta, a, memory, chunk_size):  # type: ignore[no-untyped-def]
-    chunks = -(-query.shape[2] // chunk_size)
-    out = torch.empty_like(value)
+def _(query, key, value, delta, a, memory, skip, gate, bias, mask, softplus, chunk_size,
+      kernel, keep):  # type: ignore[no-untyped-def]  # fmt: skip
+    chunks = -(-query.shape[2] // chunk_size) if keep else 0
     final = torch.empty_like(memory, memory_format=torch.contiguous_format)
-    return out, final, query.new_empty(chunks, *memory.shape)
+    return _by_token(query, value.shape[3]), final, query.new_empty(chunks, *memory.shape)
 
 
-@torch.library.custom_op("manyheads::mamba_chunked_backward", mutates_args=())
+@torch.library.custom_op("manyheads::mamba_scan_backward", mutates_args=())
 @without_autocast
 def _backward_op(
     query: Tensor,
@@ -113,65 +173,57 @@ def _backward_op(
     value: Tensor,
     delta: Tensor,
     a: Tensor,
-    firsts: Tensor,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    borders: Tensor,
     grad_out: Tensor,
     grad_final: Tensor,
+    softplus: bool,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Walk the chunks backwards with the gradient of the memory.
-
-    With g_t the gradient of the states after token t, that of the logarithm of the decay is
-    e_t = g_t · decay_t · S_{t-1}; δ gets its sum over D weighted by A, A over tokens weighted by δ.
-    """
-    length = query.shape[2]
-    a = a.contiguous()
-    inputs = (query, key, value, delta)
-    grads = [torch.empty_like(t) for t in inputs]
-    grad_a = a.new_zeros(firsts.shape[1:])
-    buffers = [_buffer(query, a, chunk_size) for _ in range(3)]
-    carried = grad_final.contiguous()  # gradient of the memory after the chunk
-    for chunk in reversed(range(firsts.shape[0])):
-        start = chunk * chunk_size
-        stop = min(start + chunk_size, length)
-        q, k, x, steps = (_cut(t, start, stop) for t in inputs)
-        dy = _cut(grad_out, start, stop)
-        scaled = steps * x
-        decay, states = _states(steps, k, scaled, a, firsts[chunk], buffers)
-        g = torch.mul(q[..., None], dy[..., None, :], out=buffers[2][: stop - start])
-        rows, factors = g.unbind(0), decay.unbind(0)
-        rows[-1].add_(carried)
-        for t in range(stop - start - 1, 0, -1):
-            rows[t - 1].addcmul_(factors[t], rows[t])
-        dq = (dy[..., None, :] @ states.mT).squeeze(-2)
-        dk = (scaled[..., None, :] @ g.mT).squeeze(-2)
-        dscaled = (k[..., None, :] @ g).squeeze(-2)
-        e = g.mul_(decay)
-        carried = e[0].clone()
-        e[1:].mul_(states[:-1])
-        e[0].mul_(firsts[chunk])
-        dsteps = torch.addcmul(torch.mul(e, a, out=decay).sum(-2), dscaled, x)
-        grad_a += torch.mul(e, steps[..., None, :], out=states).sum(0)
-        for whole, part in zip(grads, (dq, dk, dscaled * steps, dsteps), strict=True):
-            whole[:, :, start:stop] = part.permute(1, 2, 0, 3)
-    return grads[0], grads[1], grads[2], grads[3], grad_a.sum(0), carried.clone()
+    kernel: bool,
+) -> list[Tensor]:
+    """Return the gradients of query, key, value, delta, a, the first memory, and of those of
+    skip, gate and bias that are there."""
+    x = ScanInputs(query, key, value, delta, a.contiguous(), skip, gate, bias, mask, softplus)
+    q, k, v, d = (_by_token(t, t.shape[3]) for t in (query, key, value, delta))
+    z = None if gate is None else _by_token(gate, gate.shape[3])
+    grads = (q, k, v, d, z)
+    lib = library("scan", like=query) if kernel else None
+    if lib is None:
+        found = scan_backward(x, borders, grad_out, grad_final.contiguous(), grads, chunk_size)
+    else:
+        found = _native_backward(lib, x, borders, grad_out, grad_final, grads, chunk_size)
+    first, grad_a, grad_skip, grad_bias = found
+    optional = (
+        None if skip is None else grad_skip.sum(0), z, None if bias is None else grad_bias.sum(0)
+    )  # fmt: skip
+    return [q, k, v, d, grad_a.sum(0), first, *(t for t in optional if t is not None)]
 
 
 @_backward_op.register_fake
-def _(query, key, value, delta, a, firsts, *rest):  # type: ignore[no-untyped-def]
-    grads = (torch.empty_like(t) for t in (query, key, value, delta))
-    return (*grads, a.new_empty(a.shape), firsts.new_empty(firsts.shape[1:]))
+def _(query, key, value, delta, a, skip, gate, bias, mask, borders, *rest):  # type: ignore[no-untyped-def]
+    found = [_by_token(t, t.shape[3]) for t in (query, key, value, delta)]
+    found += [a.new_empty(a.shape), borders.new_empty(borders.shape[1:])]
+    for t in (skip, gate, bias):
+        if t is not None:
+            found.append(_by_token(t, t.shape[3]) if t.ndim == 4 else t.new_empty(t.shape))
+    return found
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, _, ctx.chunk_size = inputs
-    firsts = output[2]
-    ctx.mark_non_differentiable(firsts)
-    ctx.save_for_backward(*tensors, firsts)
+    query, key, value, delta, a, _, skip, gate, bias, mask, *ctx.options, _ = inputs
+    borders = output[2]
+    ctx.mark_non_differentiable(borders)
+    ctx.save_for_backward(query, key, value, delta, a, skip, gate, bias, mask, borders)
 
 
 def _backward(ctx, grad_out, grad_final, _):  # type: ignore[no-untyped-def]
-    grads = _backward_op(*ctx.saved_tensors, grad_out, grad_final, ctx.chunk_size)
-    return (*grads, None)
+    saved = ctx.saved_tensors
+    q, k, v, d, a, first, *rest = _backward_op(*saved, grad_out, grad_final, *ctx.options)
+    optional = [None if t is None else rest.pop(0) for t in saved[5:8]]
+    return q, k, v, d, a, first, *optional, None, None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -14,16 +14,16 @@ from manyheads.attention.mamba.definition import (
     mamba_recurrence,
     step_sizes,
 )
-from manyheads.attention.mamba.fast import mamba_chunked
+from manyheads.attention.mamba.fast import mamba_scan
 from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv, repeat_kv
 from manyheads.layers.ragged import check_mask, map_packed
+from manyheads.native import require
 
 __all__ = ["CHUNK_SIZE", "mamba", "mamba_update"]
 
-Implementation = Literal["auto", "chunked", "recurrent"]
-_IMPLEMENTATIONS = ("auto", "chunked", "recurrent")
-_RECURRENT_BELOW = 4
+Implementation = Literal["auto", "native", "chunked", "recurrent"]
+_IMPLEMENTATIONS = ("auto", "native", "chunked", "recurrent")
 CHUNK_SIZE = 16
 
 
@@ -64,14 +64,16 @@ def mamba(
             their outputs are 0.
         cu_seqlens: (S + 1) borders of sequences packed in a batch of 1; each starts afresh.
         chunk_size: tokens a chunk; changes speed and memory, not the result.
-        implementation: "chunked" (O(N) memory, its own backward), "recurrent" (the definition),
-            or "auto": recurrent below 4 tokens.
+        implementation: "chunked" (PyTorch, O(N) memory, its own backward), "native" (the same by
+            compiled kernels, float32 on the CPU), "recurrent" (the definition), or "auto":
+            native where it can be had, else chunked.
 
     Returns:
         (B, H, N, V) in the dtype of ``query``.
 
     Raises:
         ValueError: shapes do not fit, or the implementation is unknown.
+        RuntimeError: "native" is asked for and cannot be had.
 
     Example:
         >>> b = c = torch.randn(1, 1, 100, 16)
@@ -141,34 +143,53 @@ def mamba_update(
         return out, MambaState(final)
 
     work = torch.promote_types(query.dtype, torch.float32)
-    q, k, x, rates = (t.to(work) for t in (query, key, value, a))
-    bias = None if delta_bias is None else delta_bias.to(work)
-    steps = step_sizes(delta.to(work), bias, delta_softplus)
+    q, k, x, d, rates = (t.to(work) for t in (query, key, value, delta, a))
+    skip, z, bias = (None if t is None else t.to(work) for t in (skip, gate, delta_bias))
+    k, x, d = (repeat_kv(t, heads) for t in (k, x, d))
+    rates, skip, bias = (
+        None if t is None else repeat_kv(t[None], heads)[0] for t in (rates, skip, bias)
+    )
+    assert rates is not None
+    memory = q.new_zeros(batch, *rates.shape) if state is None else state.memory.to(work)
+    if implementation == "native":
+        require("scan", like=q)
+    if length == 0:
+        return torch.zeros_like(x, dtype=query.dtype), MambaState(memory)
+    if implementation == "recurrent":
+        out, memory = _recurrent(q, k, x, d, rates, memory, skip, z, bias, mask, delta_softplus)
+    else:
+        out, memory = mamba_scan(
+            q, k, x, d, rates, memory, skip=skip, gate=z, bias=bias, mask=mask,
+            softplus=delta_softplus, chunk_size=min(chunk_size, length),
+            kernel=implementation != "chunked",
+        )  # fmt: skip
+    return out.to(query.dtype), MambaState(memory)
+
+
+def _recurrent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    memory: Tensor,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    steps = step_sizes(delta, bias, softplus)
     if mask is not None:
         drop = ~mask[:, None, :, None]
         # A step of 0 leaves a state as it is; the others are cleared of what padding may hold.
-        q, k, x, steps = (t.masked_fill(drop, 0) for t in (q, k, x, steps))
-    skipped = None if skip is None else repeat_kv(skip.to(work)[:, None] * x, heads)
-    k, x, steps = (repeat_kv(t, heads) for t in (k, x, steps))
-    rates = repeat_kv(rates[None], heads)[0]
-    memory = q.new_zeros(batch, *rates.shape) if state is None else state.memory.to(work)
-    if implementation == "auto":
-        implementation = "recurrent" if length < _RECURRENT_BELOW else "chunked"
-    if length == 0:
-        out = torch.zeros_like(x)
-    elif implementation == "recurrent":
-        out, memory = mamba_recurrence(q, k, x, steps, rates, memory)
-    else:
-        out, memory = mamba_chunked(
-            q, k, x, steps, rates, memory, chunk_size=min(chunk_size, length)
-        )
-    if skipped is not None:
-        out = out + skipped
+        query, key, value, steps = (t.masked_fill(drop, 0) for t in (query, key, value, steps))
+    out, memory = mamba_recurrence(query, key, value, steps, a, memory)
+    if skip is not None:
+        out = out + skip[:, None] * value
     if gate is not None:
-        out = out * F.silu(gate.to(work))
-    if mask is not None:
-        out = out.masked_fill(~mask[:, None, :, None], 0)
-    return out.to(query.dtype), MambaState(memory)
+        out = out * F.silu(gate)
+    return (out if mask is None else out.masked_fill(drop, 0)), memory
 
 
 def _check_rest(

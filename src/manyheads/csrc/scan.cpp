@@ -1,0 +1,342 @@
+// Mamba's selective scan: forward, backward, one token.
+//
+// B batch, H groups, N tokens, D states, V channels a group, T tokens a chunk. 16 channels stand
+// in the lanes of a vector, so that a token's B and C are the same number for all of them and a
+// state is one multiply-add; decays and states of 16 channels never leave the nearest cache. A
+// task is a slice of the channels of one (batch, group); within it the chunks come first and the
+// channels second, so that rows are read whole. Only the states at the chunks' borders are kept:
+// the backward makes those of a chunk again and walks it in reverse.
+
+#include <omp.h>
+
+#include "gates.h"
+
+namespace {
+
+using namespace manyheads;
+
+struct Rows {  // a (B, H, N, ·) tensor whose last axis is contiguous
+  const float *data;
+  const int64_t *stride;
+  const float *at(int64_t b, int64_t h, int64_t t) const {
+    return data + b * stride[0] + h * stride[1] + t * stride[2];
+  }
+};
+
+struct Out {
+  float *data;
+  const int64_t *stride;
+  float *at(int64_t b, int64_t h, int64_t t) const {
+    return data + b * stride[0] + h * stride[1] + t * stride[2];
+  }
+};
+
+struct Sizes {
+  int64_t batch, groups, length, states, channels, chunk, slices, softplus, threads;
+  explicit Sizes(const int64_t *s)
+      : batch(s[0]), groups(s[1]), length(s[2]), states(s[3]), channels(s[4]), chunk(s[5]),
+        slices(s[6]), softplus(s[7]), threads(s[8]) {}
+  int64_t blocks() const { return (channels + kLanes - 1) / kLanes; }
+  int64_t chunks() const { return (length + chunk - 1) / chunk; }
+  int64_t tasks() const { return batch * groups * slices; }
+};
+
+struct Inputs {
+  Rows q, k, x, delta, z;
+  const float *a, *skip, *bias;
+  const uint8_t *mask;
+};
+
+inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How far ahead rows are asked for: they lie a page or more apart, which no hardware foresees.
+constexpr int64_t kAhead = 8;
+
+inline Floats step_of(const Inputs &in, const Sizes &n, const float *row, Floats bias, int count) {
+  const Floats raw = load_some(row, count) + bias;
+  
+  return n.softplus ? softplus(raw) : raw;
+}
+
+template <int kStates>
+void forward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int64_t start,
+                   int64_t stop, int64_t v, float *carry, const Out &out) {
+  const int64_t D = kStates ? kStates : n.states;
+  const int count = (int)shorter(kLanes, n.channels - v);
+  const float *a = in.a + h * D * n.channels + v;
+  const Floats bias = in.bias ? load_some(in.bias + h * n.channels + v, count) : Floats{};
+  const Floats skip = in.skip ? load_some(in.skip + h * n.channels + v, count) : Floats{};
+  Floats rates[kStates ? kStates : 1], states[kStates ? kStates : 1];
+  if (kStates) {
+#pragma GCC unroll 16
+    for (int d = 0; d < kStates; ++d) {
+      rates[d] = load_some(a + d * n.channels, count) * kLog2E;
+      states[d] = load_some(carry + d * n.channels, count);
+    }
+  }
+  for (int64_t t = start; t < stop; ++t) {
+    float *to = out.at(b, h, t) + v;
+    if (in.mask && !in.mask[b * n.length + t]) {
+      store_some(to, Floats{}, count);
+      continue;
+    }
+    if (t + kAhead < n.length) {
+      __builtin_prefetch(in.x.at(b, h, t + kAhead) + v);
+      __builtin_prefetch(in.delta.at(b, h, t + kAhead) + v);
+      if (in.z.data) __builtin_prefetch(in.z.at(b, h, t + kAhead) + v);
+    }
+    const float *q = in.q.at(b, h, t), *k = in.k.at(b, h, t);
+    const Floats x = load_some(in.x.at(b, h, t) + v, count);
+    const Floats step = step_of(in, n, in.delta.at(b, h, t) + v, bias, count);
+    const Floats scaled = step * x;
+    Floats y[4] = {};
+    if (kStates) {
+#pragma GCC unroll 16
+      for (int d = 0; d < kStates; ++d) {
+        states[d] = exp2_within(step * rates[d]) * states[d] + scaled * k[d];
+        y[d & 3] += states[d] * q[d];
+      }
+    } else {
+      const Floats exponent = step * kLog2E;
+      for (int64_t d = 0; d < D; ++d) {
+        float *at = carry + d * n.channels;
+        const Floats decay = exp2_within(exponent * load_some(a + d * n.channels, count));
+        const Floats state = decay * load_some(at, count) + scaled * k[d];
+        store_some(at, state, count);
+        y[0] += state * q[d];
+      }
+    }
+    Floats sum = (y[0] + y[1]) + (y[2] + y[3]) + skip * x;
+    if (in.z.data) {
+      const Floats z = load_some(in.z.at(b, h, t) + v, count);
+      sum *= z * logistic(z);
+    }
+    store_some(to, sum, count);
+  }
+  if (kStates) {
+#pragma GCC unroll 16
+    for (int d = 0; d < kStates; ++d) store_some(carry + d * n.channels, states[d], count);
+  }
+}
+
+template <int kStates>
+void forward_all(const Inputs &in, const Sizes &n, float *memory, float *borders, const Out &out) {
+  const int64_t blocks = n.blocks(), size = n.states * n.channels;
+#pragma omp parallel for schedule(static) num_threads(n.threads)
+  for (int64_t task = 0; task < n.tasks(); ++task) {
+    const int64_t slice = task % n.slices, pair = task / n.slices;
+    const int64_t b = pair / n.groups, h = pair % n.groups;
+    const int64_t first = slice * blocks / n.slices, last = (slice + 1) * blocks / n.slices;
+    for (int64_t chunk = 0; chunk < n.chunks(); ++chunk) {
+      const int64_t start = chunk * n.chunk, stop = shorter(start + n.chunk, n.length);
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t v = block * kLanes;
+        float *carry = memory + pair * size + v;
+        if (borders) {
+          const int count = (int)shorter(kLanes, n.channels - v);
+          float *border = borders + (chunk * n.batch * n.groups + pair) * size + v;
+          for (int64_t d = 0; d < n.states; ++d)
+            store_some(border + d * n.channels, load_some(carry + d * n.channels, count), count);
+        }
+        forward_block<kStates>(in, n, b, h, start, stop, v, carry, out);
+      }
+    }
+  }
+}
+
+struct Gradients {
+  Rows out;
+  Out q, k, x, delta, z;      // q and k: one (B, H, N, D) a slice
+  float *a, *skip, *bias;     // (B, H, D, V), (B, H, V), (B, H, V), zeros at first
+  int64_t q_slice, k_slice;   // numbers between the slices of q and of k
+};
+
+struct Scratch {  // of one thread; see scan_scratch
+  Floats *states, *decays, *dq, *dk, *steps, *read;
+};
+
+inline Scratch cut(float *from, int64_t chunk, int64_t states) {
+  Floats *p = reinterpret_cast<Floats *>(from);
+  const int64_t all = chunk * states;
+  return {p, p + all + states, p + 2 * all + states, p + 3 * all + states,
+          p + 4 * all + states, p + 4 * all + states + chunk};
+}
+
+template <int kStates>
+void backward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int64_t start,
+                    int64_t stop, int64_t v, const float *border, float *carry,
+                    const Gradients &grad, const Scratch &s) {
+  const int64_t D = kStates ? kStates : n.states, V = n.channels;
+  const int count = (int)shorter(kLanes, V - v);
+  const float *a = in.a + h * D * V + v;
+  const Floats bias = in.bias ? load_some(in.bias + h * V + v, count) : Floats{};
+  const Floats skip = in.skip ? load_some(in.skip + h * V + v, count) : Floats{};
+  const int64_t channel = (b * n.groups + h) * V + v;
+  float *grad_a = grad.a + (b * n.groups + h) * D * V + v;
+
+  for (int64_t d = 0; d < D; ++d) s.states[d] = load_some(border + d * V, count);
+  for (int64_t t = start, i = 0; t < stop; ++t, ++i) {
+    Floats *now = s.states + (i + 1) * D, *decays = s.decays + i * D;
+    const Floats *before = now - D;
+    if (in.mask && !in.mask[b * n.length + t]) {
+      for (int64_t d = 0; d < D; ++d) now[d] = before[d];
+      continue;
+    }
+    if (t + kAhead < n.length) {
+      __builtin_prefetch(in.x.at(b, h, t + kAhead) + v);
+      __builtin_prefetch(in.delta.at(b, h, t + kAhead) + v);
+      __builtin_prefetch(grad.out.at(b, h, t + kAhead) + v);
+      if (in.z.data) __builtin_prefetch(in.z.at(b, h, t + kAhead) + v);
+    }
+    const float *q = in.q.at(b, h, t), *k = in.k.at(b, h, t);
+    const Floats x = load_some(in.x.at(b, h, t) + v, count);
+    const Floats step = step_of(in, n, in.delta.at(b, h, t) + v, bias, count);
+    const Floats scaled = step * x, exponent = step * kLog2E;
+    s.steps[i] = step;
+    Floats y = {};
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < D; ++d) {
+      decays[d] = exp2_within(exponent * load_some(a + d * V, count));
+      now[d] = decays[d] * before[d] + scaled * k[d];
+      y += now[d] * q[d];
+    }
+    s.read[i] = y;
+  }
+
+  Floats g[kStates ? kStates : 1];
+  if (kStates) {
+#pragma GCC unroll 16
+    for (int d = 0; d < kStates; ++d) g[d] = load_some(carry + d * V, count);
+  }
+  Floats grad_skip = {}, grad_bias = {};
+  for (int64_t t = stop - 1, i = stop - start - 1; t >= start; --t, --i) {
+    if (in.mask && !in.mask[b * n.length + t]) {
+      store_some(grad.x.at(b, h, t) + v, Floats{}, count);
+      store_some(grad.delta.at(b, h, t) + v, Floats{}, count);
+      if (in.z.data) store_some(grad.z.at(b, h, t) + v, Floats{}, count);
+      continue;
+    }
+    const float *q = in.q.at(b, h, t), *k = in.k.at(b, h, t);
+    const Floats x = load_some(in.x.at(b, h, t) + v, count), step = s.steps[i];
+    const Floats scaled = step * x;
+    Floats dy = load_some(grad.out.at(b, h, t) + v, count);
+    if (in.z.data) {
+      const Floats z = load_some(in.z.at(b, h, t) + v, count), open = logistic(z);
+      const Floats dz = dy * (s.read[i] + skip * x) * open * (1.0f + z * (1.0f - open));
+      store_some(grad.z.at(b, h, t) + v, dz, count);
+      dy *= z * open;
+    }
+    const Floats *now = s.states + (i + 1) * D, *before = now - D, *decays = s.decays + i * D;
+    Floats *dq = s.dq + i * D, *dk = s.dk + i * D;
+    Floats dscaled = {}, dstep = {};
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < D; ++d) {
+      float *at = carry + d * V;
+      const Floats whole = (kStates ? g[d] : load_some(at, count)) + dy * q[d];
+      dq[d] += now[d] * dy;
+      dk[d] += whole * scaled;
+      dscaled += whole * k[d];
+      const Floats passed = whole * decays[d], rate = passed * before[d];
+      dstep += rate * load_some(a + d * V, count);
+      store_some(grad_a + d * V, load_some(grad_a + d * V, count) + rate * step, count);
+      if (kStates) {
+        g[d] = passed;
+      } else {
+        store_some(at, passed, count);
+      }
+    }
+    grad_skip += dy * x;
+    store_some(grad.x.at(b, h, t) + v, dscaled * step + dy * skip, count);
+    Floats draw = dstep + dscaled * x;
+    if (n.softplus) {
+      // The slope of the softplus is 1 - e^-step.
+      draw *= logistic(load_some(in.delta.at(b, h, t) + v, count) + bias);
+    }
+    grad_bias += draw;
+    store_some(grad.delta.at(b, h, t) + v, draw, count);
+  }
+  if (kStates) {
+#pragma GCC unroll 16
+    for (int d = 0; d < kStates; ++d) store_some(carry + d * V, g[d], count);
+  }
+  float *to = grad.skip + channel;
+  store_some(to, load_some(to, count) + grad_skip, count);
+  to = grad.bias + channel;
+  store_some(to, load_some(to, count) + grad_bias, count);
+}
+
+template <int kStates>
+void backward_all(const Inputs &in, const Sizes &n, const float *borders, float *carry,
+                  const Gradients &grad, float *scratch, int64_t own) {
+  const int64_t blocks = n.blocks(), D = n.states, size = D * n.channels;
+#pragma omp parallel for schedule(static) num_threads(n.threads)
+  for (int64_t task = 0; task < n.tasks(); ++task) {
+    const Scratch s = cut(scratch + omp_get_thread_num() * own, n.chunk, D);
+    const int64_t slice = task % n.slices, pair = task / n.slices;
+    const int64_t b = pair / n.groups, h = pair % n.groups;
+    const int64_t first = slice * blocks / n.slices, last = (slice + 1) * blocks / n.slices;
+    for (int64_t chunk = n.chunks() - 1; chunk >= 0; --chunk) {
+      const int64_t start = chunk * n.chunk, stop = shorter(start + n.chunk, n.length);
+      for (int64_t i = 0; i < (stop - start) * D; ++i) s.dq[i] = s.dk[i] = Floats{};
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t v = block * kLanes;
+        const float *border = borders + (chunk * n.batch * n.groups + pair) * size + v;
+        backward_block<kStates>(in, n, b, h, start, stop, v, border, carry + pair * size + v,
+                                grad, s);
+      }
+      for (int64_t t = start, i = 0; t < stop; ++t) {
+        float *dq = grad.q.at(b, h, t) + slice * grad.q_slice;
+        float *dk = grad.k.at(b, h, t) + slice * grad.k_slice;
+        for (int64_t d = 0; d < D; ++d, ++i) dq[d] = sum(s.dq[i]), dk[d] = sum(s.dk[i]);
+      }
+    }
+  }
+}
+
+Inputs inputs(const float *q, const float *k, const float *x, const float *delta, const float *z,
+              const float *a, const float *skip, const float *bias, const uint8_t *mask,
+              const int64_t *strides) {
+  return {{q, strides},      {k, strides + 3},  {x, strides + 6}, {delta, strides + 9},
+          {z, strides + 12}, a, skip, bias, mask};
+}
+
+}  // namespace
+
+extern "C" {
+
+// sizes: B, H, N, D, V, chunk, slices, softplus, threads. strides: of batch, group and token, for
+// q, k, x, delta, z, out in turn. a: (H, D, V). memory (B, H, D, V): the first, becomes the last.
+// borders (chunks, B, H, D, V) or null. z, skip, bias and mask may be null.
+void scan_forward(const float *q, const float *k, const float *x, const float *delta,
+                  const float *z, const float *a, const float *skip, const float *bias,
+                  const uint8_t *mask, float *memory, float *borders, float *out,
+                  const int64_t *sizes, const int64_t *strides) {
+  const Sizes n(sizes);
+  const Inputs in = inputs(q, k, x, delta, z, a, skip, bias, mask, strides);
+  const Out to{out, strides + 15};
+  auto *run = n.states == 16 ? forward_all<16> : n.states == 8 ? forward_all<8> : forward_all<0>;
+  run(in, n, memory, borders, to);
+}
+
+// Numbers of scratch that a thread of scan_backward needs, through `own` below.
+//   states (T + 1, D), decays, dq, dk (T, D), steps, read (T): times 16.
+// strides: those of the forward's five inputs, then of grad_out, dq, dk, dx, ddelta, dz.
+// carry (B, H, D, V): the gradient of the last memory, becomes that of the first.
+void scan_backward(const float *q, const float *k, const float *x, const float *delta,
+                   const float *z, const float *a, const float *skip, const float *bias,
+                   const uint8_t *mask, const float *borders, const float *grad_out, float *carry,
+                   float *dq, float *dk, float *dx, float *ddelta, float *dz, float *da,
+                   float *dskip, float *dbias, float *scratch, const int64_t *sizes,
+                   const int64_t *strides) {
+  const Sizes n(sizes);
+  const Inputs in = inputs(q, k, x, delta, z, a, skip, bias, mask, strides);
+  const int64_t *s = strides + 15;
+  const int64_t slice = n.batch * n.groups * n.length * n.states;
+  const Gradients grad{{grad_out, s}, {dq, s + 3},  {dk, s + 6}, {dx, s + 9}, {ddelta, s + 12},
+                       {dz, s + 15},  da, dskip, dbias, slice, slice};
+  const int64_t own = kLanes * (n.states * (4 * n.chunk + 1) + 2 * n.chunk);
+  auto *run =
+      n.states == 16 ? backward_all<16> : n.states == 8 ? backward_all<8> : backward_all<0>;
+  run(in, n, borders, carry, grad, scratch, own);
+}
+}
