@@ -20,6 +20,8 @@ ABSENCE = {
     "choose": "no `manyheads choose` and `bench`: they show progress and draw pictures",
     "train": "no `manyheads train`",
     "data": "no builtin:kjv text and no time series; builtin:python works",
+    "transformers": "our models are no transformers models; `manyheads.bridges.transformers`",
+    "lm-eval": "our models are not measured by lm_eval; `manyheads.bridges.lm_eval`",
     "test": "the tests cannot be run",
 }
 # Packages that go with an extra although pip must be told separately.
