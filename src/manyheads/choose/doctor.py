@@ -93,7 +93,7 @@ def _extras() -> dict[str, dict[str, str | None]]:
     """Return for each extra its packages with their versions, None for what is missing."""
     found: dict[str, dict[str, str | None]] = {extra: {} for extra in ABSENCE}
     for line in metadata.requires("manyheads") or []:
-        match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?[^;]*;\s*extra\s*==\s*['\"](\w+)['\"]", line)
+        match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?[^;]*;\s*extra\s*==\s*['\"]([\w-]+)['\"]", line)
         if match and match.group(1) != "manyheads":
             name, extra = match.groups()
             found.setdefault(extra, {})[name] = _version(name)

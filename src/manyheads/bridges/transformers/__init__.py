@@ -12,6 +12,7 @@ require_extra("transformers", "transformers", "manyheads.bridges.transformers")
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
+from manyheads.bridges.transformers.attention import register  # noqa: E402
 from manyheads.bridges.transformers.cache import ManyheadsCache  # noqa: E402
 from manyheads.bridges.transformers.config import ManyheadsConfig  # noqa: E402
 from manyheads.bridges.transformers.modeling import (  # noqa: E402
@@ -19,7 +20,13 @@ from manyheads.bridges.transformers.modeling import (  # noqa: E402
     ManyheadsModel,
 )
 
-__all__ = ["ManyheadsCache", "ManyheadsConfig", "ManyheadsForCausalLM", "ManyheadsModel"]
+__all__ = [
+    "ManyheadsCache",
+    "ManyheadsConfig",
+    "ManyheadsForCausalLM",
+    "ManyheadsModel",
+    "register",
+]
 
 AutoConfig.register("manyheads", ManyheadsConfig, exist_ok=True)
 AutoModel.register(ManyheadsConfig, ManyheadsModel, exist_ok=True)
