@@ -20,6 +20,8 @@ ABSENCE = {
     "choose": "no `manyheads choose` and `bench`: they show progress and draw pictures",
     "train": "no `manyheads train`",
     "data": "no builtin:kjv text and no time series; builtin:python works",
+    "transformers": "our models are no transformers models; `manyheads.bridges.transformers`",
+    "lm-eval": "our models are not measured by lm_eval; `manyheads.bridges.lm_eval`",
     "test": "the tests cannot be run",
 }
 # Packages that go with an extra although pip must be told separately.
@@ -91,7 +93,7 @@ def _extras() -> dict[str, dict[str, str | None]]:
     """Return for each extra its packages with their versions, None for what is missing."""
     found: dict[str, dict[str, str | None]] = {extra: {} for extra in ABSENCE}
     for line in metadata.requires("manyheads") or []:
-        match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?[^;]*;\s*extra\s*==\s*['\"](\w+)['\"]", line)
+        match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?[^;]*;\s*extra\s*==\s*['\"]([\w-]+)['\"]", line)
         if match and match.group(1) != "manyheads":
             name, extra = match.groups()
             found.setdefault(extra, {})[name] = _version(name)

@@ -22,6 +22,7 @@ __all__ = [
     "Model",
     "Variant",
     "create_model",
+    "get_model_class",
     "get_variant",
     "list_models",
     "load_model",
@@ -108,6 +109,18 @@ class Model(OfficialWeights):
         return model
 
 
+def get_model_class(name: str) -> type[Model]:
+    """Return the model class of that name, as ``config.json`` of a saved model names it.
+
+    Raises:
+        ValueError: no such class; the nearest name is given.
+    """
+    _load_all()
+    if name not in _CLASSES:
+        raise unknown_name("model class", name, _CLASSES)
+    return _CLASSES[name]
+
+
 def load_model(folder: str | PathLike[str]) -> Model:
     """Build the model that ``save`` wrote into a folder, whatever its class.
 
@@ -117,11 +130,7 @@ def load_model(folder: str | PathLike[str]) -> Model:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"no config.json in {str(folder)!r}: give a folder that save() wrote")
-    _load_all()
-    name = json.loads(path.read_text()).get("model")
-    if name not in _CLASSES:
-        raise unknown_name("model class", str(name), _CLASSES)
-    return _CLASSES[name].load(folder)
+    return get_model_class(str(json.loads(path.read_text()).get("model"))).load(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,13 @@ class TransNormerLMConfig(TransNormerConfig):
     num_heads: int = 8
 
 
+class _TiedHead(nn.Module):
+    """The product with the embedding, as a module: a place to reach what the logits are made of."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight)
+
+
 class TransNormerLM(CausalLM):
     """Pre-norm decoder; constant memory while it generates. Needs training.
 
@@ -63,6 +70,7 @@ class TransNormerLM(CausalLM):
             TransNormerBlock(c, name, is_causal=True, pre_norm=True) for name in c.types
         )
         self.dropout = nn.Dropout(c.dropout)
+        self.head = _TiedHead()
         nn.init.normal_(self.embed.weight, std=c.embed_dim**-0.5)
         with torch.no_grad():
             self.embed.weight[c.padding_idx].zero_()
@@ -142,7 +150,7 @@ class TransNormerLM(CausalLM):
         return self.dropout(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(simple_rms_norm(x, eps=self.config.eps), self.embed.weight)
+        return self.head(simple_rms_norm(x, eps=self.config.eps), self.embed.weight)
 
     def load_official(self, source: str | PathLike[str] | Mapping[str, Any]) -> Self:
         """Load an official checkpoint, with fairseq's prefix ``decoder.`` or without; strict."""
