@@ -112,6 +112,12 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Bloc
         every = torch.ones(there, dtype=torch.bool, device=query.device)
         return BlockMask.from_block_map(every, queries, keys)
     mask = as_block_mask(block_mask, queries, keys)
+    device = mask.visits.offsets.device
+    if query.device.type not in (device.type, "meta"):
+        raise ValueError(
+            f"block_mask is on {device}, query on {query.device}: use "
+            f"block_mask.to({str(query.device)!r})"
+        )
     for axis, own, given in zip(("batch", "heads"), mask.shape[:2], (batch, heads), strict=True):
         if own not in (1, given):
             raise ValueError(
