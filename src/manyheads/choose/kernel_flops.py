@@ -25,5 +25,6 @@ def _scan_backward(a: Arguments, out: Any) -> int:
 KERNELS: dict[str, Callable[[Arguments, Any], int]] = {
     "manyheads::mamba_scan": _scan,
     "manyheads::mamba_scan_backward": _scan_backward,
+    "manyheads::mamba_step": _scan,
 }
 """Operator name to its FLOPs, from the arguments by name and the output."""

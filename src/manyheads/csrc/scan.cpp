@@ -319,4 +319,50 @@ void scan_backward(const float *q, const float *k, const float *x, const float *
       n.states == 16 ? backward_all<16> : n.states == 8 ? backward_all<8> : backward_all<0>;
   run(in, n, borders, carry, grad, scratch);
 }
+
+// One token. q, k (B, H, D); x, delta, z (B, H, V), with the strides of batch and group in turn;
+// a (H, V, D), skip and bias (H, V); memory and next (B, H, V, D), may be the same; out (B, H, V).
+// sizes: B, H, D, V, softplus, threads.
+void scan_step(const float *q, const float *k, const float *x, const float *delta, const float *z,
+               const float *a, const float *skip, const float *bias, const float *memory,
+               float *next, float *out, const int64_t *sizes, const int64_t *strides) {
+  const int64_t H = sizes[1], D = sizes[2], V = sizes[3], blocks = (V + kLanes - 1) / kLanes;
+  const int64_t tasks = sizes[0] * H * blocks;
+  // A few microseconds of work are not worth waking threads for.
+  const bool many = tasks * kLanes * D > 65536;
+#pragma omp parallel for schedule(static) num_threads(sizes[5]) if (many)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t pair = task / blocks, v = task % blocks * kLanes, b = pair / H, h = pair % H;
+    const int count = (int)shorter(kLanes, V - v);
+    auto row = [&](const float *from, int tensor) {
+      return from + b * strides[2 * tensor] + h * strides[2 * tensor + 1];
+    };
+    const float *query = row(q, 0), *key = row(k, 1);
+    const Floats input = load_some(row(x, 2) + v, count);
+    const Floats low = bias ? load_some(bias + h * V + v, count) : Floats{};
+    const Floats step = step_of(row(delta, 3) + v, low, sizes[4], count);
+    const Floats scaled = step * input, exponent = step * kLog2E;
+    Floats y = {};
+    for (int c = 0; c < count; ++c) {  // here the states of a channel are the lanes
+      const float *rates = a + (h * V + v + c) * D, *from = memory + (pair * V + v + c) * D;
+      float *to = next + (pair * V + v + c) * D;
+      Floats read = {};
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const int some = (int)shorter(kLanes, D - d);
+        const Floats state = exp2_within(exponent[c] * load_some(rates + d, some)) *
+                                 load_some(from + d, some) +
+                             scaled[c] * load_some(key + d, some);
+        store_some(to + d, state, some);
+        read += state * load_some(query + d, some);
+      }
+      y[c] = sum(read);
+    }
+    if (skip) y += load_some(skip + h * V + v, count) * input;
+    if (z) {
+      const Floats gate = load_some(row(z, 4) + v, count);
+      y *= gate * logistic(gate);
+    }
+    store_some(out + pair * V + v, y, count);
+  }
+}
 }
