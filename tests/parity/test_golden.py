@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from manyheads.native import disabled
 from parity.adapters import implemented, load_adapters
 from parity.golden import ADAPTERS, NOT_YET, Golden, check, golden_files
 
@@ -30,3 +31,6 @@ def test_golden(path: Path) -> None:
     assert key in ADAPTERS, f"no adapter for the kind {key[1]!r} of {key[0]!r}"
     torch.manual_seed(0)
     check(golden, ADAPTERS[key](golden))
+    with disabled():  # and by the PyTorch forms
+        torch.manual_seed(0)
+        check(golden, ADAPTERS[key](golden))
