@@ -126,13 +126,15 @@ def test_help_answers_at_once() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "choose", "train", "generate", "bench", "claims", "papers", "list", "draw", "doctor"
+        "choose", "train", "generate", "bench", "claims", "papers", "list", "draw", "native",
+        "doctor",
     ]  # fmt: skip
     assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "urpe-tasks"]
+    assert list(VERBS["native"].kinds or ()) == ["build", "status"]
 
 
-WORDS = [[verb] for verb in VERBS if verb != "train"]
-WORDS += [["train", kind] for kind in VERBS["train"].kinds or ()]
+WORDS = [[name] for name, verb in VERBS.items() if verb.kinds is None]
+WORDS += [[name, kind] for name, verb in VERBS.items() for kind in verb.kinds or ()]
 
 
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)

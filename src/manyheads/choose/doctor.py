@@ -65,6 +65,7 @@ def examine() -> dict[str, Any]:
             for name in ("float32", "bfloat16")
         },
         "compiler": _compiler(),
+        "kernels": _kernels(),
         "extras": _extras(),
         "mechanisms": list_mechanisms(),
         "advice": _advice(facts),
@@ -87,6 +88,18 @@ def _compiler() -> str | None:
     wanted = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
     found = next((c for c in wanted if c and shutil.which(c)), None)
     return None if found is None else os.path.basename(found)
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    """Return for each family of kernels its state, what it serves and what its absence costs."""
+    from manyheads.native import describe, status
+
+    found = {}
+    for name, state in status().items():
+        facts = describe(name)
+        state = state.replace(os.path.expanduser("~"), "~")
+        found[name] = {"state": state, "serves": facts.serves, "without": facts.without}
+    return found
 
 
 def _extras() -> dict[str, dict[str, str | None]]:
@@ -132,7 +145,9 @@ def _text(found: dict[str, Any]) -> str:
     m = found["machine"]
     libraries = ", ".join(f"{k} {v}" for k, v in m["libraries"].items())
     rates = ", ".join(f"{k} {show_rate(v)}" for k, v in found["matmul_flops"].items())
-    compiler = found["compiler"] or "none: torch.compile does not work on the CPU; all else does"
+    compiler = found["compiler"] or (
+        "none: no kernels and no torch.compile on the CPU; all else works, slower"
+    )
     lines = [
         f"manyheads   {found['version']}, {len(found['mechanisms'])} mechanisms: "
         f"{', '.join(found['mechanisms'])}",
@@ -148,6 +163,13 @@ def _text(found: dict[str, Any]) -> str:
         f"compiler    {compiler}",
         "",
     ]
+    for name, kernels in found["kernels"].items():
+        lines.append(f"kernels     {name}: {kernels['state']} ({kernels['serves']})")
+        if kernels["state"] == "not compiled yet":
+            lines.append(f"{'':12}at first use, or now: manyheads native build {name}")
+        elif kernels["state"] != "compiled":
+            lines.append(f"{'':12}without it: {kernels['without']}")
+    lines.append("")
     width = max(map(len, found["extras"]))
     for extra, packages in found["extras"].items():
         missing = [name for name, version in packages.items() if version is None]

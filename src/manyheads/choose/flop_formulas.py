@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from manyheads.choose.kernel_flops import KERNELS
+
 __all__ = ["FORMULAS", "TRANSPARENT", "attention_flops"]
 
 Arguments = Mapping[str, Any]
@@ -148,6 +150,7 @@ def _solve(matrix: str, right: str, sides: int, factor: float = 0.0) -> Formula:
 _SDPA = "aten::_scaled_dot_product_"
 
 FORMULAS: dict[str, Formula] = {
+    **KERNELS,
     "aten::mm": _product("self", "mat2"),
     "aten::addmm": _product("mat1", "mat2"),
     "aten::addmm_": _product("mat1", "mat2"),

@@ -6,6 +6,8 @@
 // task is a slice of the channels of one (batch, group); within it the chunks come first and the
 // channels second, so that rows are read whole. Only the states at the chunks' borders are kept:
 // the backward makes those of a chunk again and walks it in reverse.
+//
+// Without it: mamba takes five times as long, forward and backward.
 
 #include <omp.h>
 
@@ -52,28 +54,32 @@ inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 // How far ahead rows are asked for: they lie a page or more apart, which no hardware foresees.
 constexpr int64_t kAhead = 8;
 
-inline Floats step_of(const Inputs &in, const Sizes &n, const float *row, Floats bias, int count) {
+inline Floats step_of(const float *row, Floats bias, bool soft, int count) {
   const Floats raw = load_some(row, count) + bias;
-  
-  return n.softplus ? softplus(raw) : raw;
+  return soft ? softplus(raw) : raw;
+}
+
+// The rows d of a (D, V) table at 16 of its channels, to and from a table of vectors.
+inline void fetch(Floats *to, const float *from, int64_t states, int64_t channels, int count) {
+  for (int64_t d = 0; d < states; ++d) to[d] = load_some(from + d * channels, count);
+}
+
+inline void put(float *to, const Floats *from, int64_t states, int64_t channels, int count) {
+  for (int64_t d = 0; d < states; ++d) store_some(to + d * channels, from[d], count);
 }
 
 template <int kStates>
 void forward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int64_t start,
-                   int64_t stop, int64_t v, float *carry, const Out &out) {
+                   int64_t stop, int64_t v, float *carry, const Out &out, Floats *scratch) {
   const int64_t D = kStates ? kStates : n.states;
   const int count = (int)shorter(kLanes, n.channels - v);
-  const float *a = in.a + h * D * n.channels + v;
   const Floats bias = in.bias ? load_some(in.bias + h * n.channels + v, count) : Floats{};
   const Floats skip = in.skip ? load_some(in.skip + h * n.channels + v, count) : Floats{};
-  Floats rates[kStates ? kStates : 1], states[kStates ? kStates : 1];
-  if (kStates) {
-#pragma GCC unroll 16
-    for (int d = 0; d < kStates; ++d) {
-      rates[d] = load_some(a + d * n.channels, count) * kLog2E;
-      states[d] = load_some(carry + d * n.channels, count);
-    }
-  }
+  // Of a size that is known, states stay in registers.
+  Floats own[kStates ? 2 * kStates : 1];
+  Floats *const rates = kStates ? own : scratch, *const states = rates + D;
+  fetch(rates, in.a + h * D * n.channels + v, D, n.channels, count);
+  fetch(states, carry, D, n.channels, count);
   for (int64_t t = start; t < stop; ++t) {
     float *to = out.at(b, h, t) + v;
     if (in.mask && !in.mask[b * n.length + t]) {
@@ -87,24 +93,13 @@ void forward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int64
     }
     const float *q = in.q.at(b, h, t), *k = in.k.at(b, h, t);
     const Floats x = load_some(in.x.at(b, h, t) + v, count);
-    const Floats step = step_of(in, n, in.delta.at(b, h, t) + v, bias, count);
-    const Floats scaled = step * x;
+    const Floats step = step_of(in.delta.at(b, h, t) + v, bias, n.softplus, count);
+    const Floats scaled = step * x, exponent = step * kLog2E;
     Floats y[4] = {};
-    if (kStates) {
 #pragma GCC unroll 16
-      for (int d = 0; d < kStates; ++d) {
-        states[d] = exp2_within(step * rates[d]) * states[d] + scaled * k[d];
-        y[d & 3] += states[d] * q[d];
-      }
-    } else {
-      const Floats exponent = step * kLog2E;
-      for (int64_t d = 0; d < D; ++d) {
-        float *at = carry + d * n.channels;
-        const Floats decay = exp2_within(exponent * load_some(a + d * n.channels, count));
-        const Floats state = decay * load_some(at, count) + scaled * k[d];
-        store_some(at, state, count);
-        y[0] += state * q[d];
-      }
+    for (int64_t d = 0; d < D; ++d) {
+      states[d] = exp2_within(exponent * rates[d]) * states[d] + scaled * k[d];
+      y[d & 3] += states[d] * q[d];
     }
     Floats sum = (y[0] + y[1]) + (y[2] + y[3]) + skip * x;
     if (in.z.data) {
@@ -113,17 +108,16 @@ void forward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int64
     }
     store_some(to, sum, count);
   }
-  if (kStates) {
-#pragma GCC unroll 16
-    for (int d = 0; d < kStates; ++d) store_some(carry + d * n.channels, states[d], count);
-  }
+  put(carry, states, D, n.channels, count);
 }
 
 template <int kStates>
-void forward_all(const Inputs &in, const Sizes &n, float *memory, float *borders, const Out &out) {
+void forward_all(const Inputs &in, const Sizes &n, float *memory, float *borders, const Out &out,
+                 float *scratch) {
   const int64_t blocks = n.blocks(), size = n.states * n.channels;
 #pragma omp parallel for schedule(static) num_threads(n.threads)
   for (int64_t task = 0; task < n.tasks(); ++task) {
+    Floats *own = (Floats *)scratch + omp_get_thread_num() * 2 * n.states;
     const int64_t slice = task % n.slices, pair = task / n.slices;
     const int64_t b = pair / n.groups, h = pair % n.groups;
     const int64_t first = slice * blocks / n.slices, last = (slice + 1) * blocks / n.slices;
@@ -138,7 +132,7 @@ void forward_all(const Inputs &in, const Sizes &n, float *memory, float *borders
           for (int64_t d = 0; d < n.states; ++d)
             store_some(border + d * n.channels, load_some(carry + d * n.channels, count), count);
         }
-        forward_block<kStates>(in, n, b, h, start, stop, v, carry, out);
+        forward_block<kStates>(in, n, b, h, start, stop, v, carry, out, own);
       }
     }
   }
@@ -151,16 +145,13 @@ struct Gradients {
   int64_t q_slice, k_slice;   // numbers between the slices of q and of k
 };
 
-struct Scratch {  // of one thread; see scan_scratch
-  Floats *states, *decays, *dq, *dk, *steps, *read;
+struct Scratch {  // of one thread: (T + 1, D) states; (T, D) decays, dq, dk; 2 (T); 3 (D)
+  Floats *states, *decays, *dq, *dk, *steps, *read, *fixed;
+  Scratch(Floats *from, int64_t T, int64_t D)
+      : states(from), decays(states + (T + 1) * D), dq(decays + T * D), dk(dq + T * D),
+        steps(dk + T * D), read(steps + T), fixed(read + T) {}
+  static int64_t size(int64_t T, int64_t D) { return (4 * T + 4) * D + 2 * T; }
 };
-
-inline Scratch cut(float *from, int64_t chunk, int64_t states) {
-  Floats *p = reinterpret_cast<Floats *>(from);
-  const int64_t all = chunk * states;
-  return {p, p + all + states, p + 2 * all + states, p + 3 * all + states,
-          p + 4 * all + states, p + 4 * all + states + chunk};
-}
 
 template <int kStates>
 void backward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int64_t start,
@@ -168,13 +159,15 @@ void backward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int6
                     const Gradients &grad, const Scratch &s) {
   const int64_t D = kStates ? kStates : n.states, V = n.channels;
   const int count = (int)shorter(kLanes, V - v);
-  const float *a = in.a + h * D * V + v;
   const Floats bias = in.bias ? load_some(in.bias + h * V + v, count) : Floats{};
   const Floats skip = in.skip ? load_some(in.skip + h * V + v, count) : Floats{};
-  const int64_t channel = (b * n.groups + h) * V + v;
-  float *grad_a = grad.a + (b * n.groups + h) * D * V + v;
+  const int64_t pair = b * n.groups + h;
+  float *grad_a = grad.a + pair * D * V + v;
+  Floats own[kStates ? 3 * kStates : 1];
+  Floats *const rates = kStates ? own : s.fixed, *const g = rates + D, *const da = g + D;
+  fetch(rates, in.a + h * D * V + v, D, V, count);
+  fetch(s.states, border, D, V, count);
 
-  for (int64_t d = 0; d < D; ++d) s.states[d] = load_some(border + d * V, count);
   for (int64_t t = start, i = 0; t < stop; ++t, ++i) {
     Floats *now = s.states + (i + 1) * D, *decays = s.decays + i * D;
     const Floats *before = now - D;
@@ -190,24 +183,21 @@ void backward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int6
     }
     const float *q = in.q.at(b, h, t), *k = in.k.at(b, h, t);
     const Floats x = load_some(in.x.at(b, h, t) + v, count);
-    const Floats step = step_of(in, n, in.delta.at(b, h, t) + v, bias, count);
+    const Floats step = step_of(in.delta.at(b, h, t) + v, bias, n.softplus, count);
     const Floats scaled = step * x, exponent = step * kLog2E;
     s.steps[i] = step;
-    Floats y = {};
+    Floats y[4] = {};
 #pragma GCC unroll 16
     for (int64_t d = 0; d < D; ++d) {
-      decays[d] = exp2_within(exponent * load_some(a + d * V, count));
+      decays[d] = exp2_within(exponent * rates[d]);
       now[d] = decays[d] * before[d] + scaled * k[d];
-      y += now[d] * q[d];
+      y[d & 3] += now[d] * q[d];
     }
-    s.read[i] = y;
+    s.read[i] = (y[0] + y[1]) + (y[2] + y[3]) + skip * x;
   }
 
-  Floats g[kStates ? kStates : 1];
-  if (kStates) {
-#pragma GCC unroll 16
-    for (int d = 0; d < kStates; ++d) g[d] = load_some(carry + d * V, count);
-  }
+  fetch(g, carry, D, V, count);
+  fetch(da, grad_a, D, V, count);
   Floats grad_skip = {}, grad_bias = {};
   for (int64_t t = stop - 1, i = stop - start - 1; t >= start; --t, --i) {
     if (in.mask && !in.mask[b * n.length + t]) {
@@ -222,56 +212,48 @@ void backward_block(const Inputs &in, const Sizes &n, int64_t b, int64_t h, int6
     Floats dy = load_some(grad.out.at(b, h, t) + v, count);
     if (in.z.data) {
       const Floats z = load_some(in.z.at(b, h, t) + v, count), open = logistic(z);
-      const Floats dz = dy * (s.read[i] + skip * x) * open * (1.0f + z * (1.0f - open));
+      const Floats dz = dy * s.read[i] * open * (1.0f + z * (1.0f - open));
       store_some(grad.z.at(b, h, t) + v, dz, count);
       dy *= z * open;
     }
     const Floats *now = s.states + (i + 1) * D, *before = now - D, *decays = s.decays + i * D;
     Floats *dq = s.dq + i * D, *dk = s.dk + i * D;
-    Floats dscaled = {}, dstep = {};
+    Floats dscaled[2] = {}, dstep[2] = {};
 #pragma GCC unroll 16
     for (int64_t d = 0; d < D; ++d) {
-      float *at = carry + d * V;
-      const Floats whole = (kStates ? g[d] : load_some(at, count)) + dy * q[d];
+      const Floats whole = g[d] + dy * q[d];
       dq[d] += now[d] * dy;
       dk[d] += whole * scaled;
-      dscaled += whole * k[d];
-      const Floats passed = whole * decays[d], rate = passed * before[d];
-      dstep += rate * load_some(a + d * V, count);
-      store_some(grad_a + d * V, load_some(grad_a + d * V, count) + rate * step, count);
-      if (kStates) {
-        g[d] = passed;
-      } else {
-        store_some(at, passed, count);
-      }
+      dscaled[d & 1] += whole * k[d];
+      g[d] = whole * decays[d];
+      const Floats rate = g[d] * before[d];
+      dstep[d & 1] += rate * rates[d];
+      da[d] += rate * step;
     }
-    grad_skip += dy * x;
-    store_some(grad.x.at(b, h, t) + v, dscaled * step + dy * skip, count);
-    Floats draw = dstep + dscaled * x;
-    if (n.softplus) {
-      // The slope of the softplus is 1 - e^-step.
-      draw *= logistic(load_some(in.delta.at(b, h, t) + v, count) + bias);
-    }
-    grad_bias += draw;
+    const Floats both = dscaled[0] + dscaled[1];
+    Floats draw = dstep[0] + dstep[1] + both * x;
+    if (n.softplus) draw *= logistic(load_some(in.delta.at(b, h, t) + v, count) + bias);
+    store_some(grad.x.at(b, h, t) + v, both * step + dy * skip, count);
     store_some(grad.delta.at(b, h, t) + v, draw, count);
+    grad_skip += dy * x;
+    grad_bias += draw;
   }
-  if (kStates) {
-#pragma GCC unroll 16
-    for (int d = 0; d < kStates; ++d) store_some(carry + d * V, g[d], count);
-  }
-  float *to = grad.skip + channel;
+  put(carry, g, D, V, count);
+  put(grad_a, da, D, V, count);
+  float *to = grad.skip + pair * V + v;
   store_some(to, load_some(to, count) + grad_skip, count);
-  to = grad.bias + channel;
+  to = grad.bias + pair * V + v;
   store_some(to, load_some(to, count) + grad_bias, count);
 }
 
 template <int kStates>
 void backward_all(const Inputs &in, const Sizes &n, const float *borders, float *carry,
-                  const Gradients &grad, float *scratch, int64_t own) {
+                  const Gradients &grad, float *scratch) {
   const int64_t blocks = n.blocks(), D = n.states, size = D * n.channels;
 #pragma omp parallel for schedule(static) num_threads(n.threads)
   for (int64_t task = 0; task < n.tasks(); ++task) {
-    const Scratch s = cut(scratch + omp_get_thread_num() * own, n.chunk, D);
+    const int64_t own = omp_get_thread_num() * Scratch::size(n.chunk, D);
+    const Scratch s((Floats *)scratch + own, n.chunk, D);
     const int64_t slice = task % n.slices, pair = task / n.slices;
     const int64_t b = pair / n.groups, h = pair % n.groups;
     const int64_t first = slice * blocks / n.slices, last = (slice + 1) * blocks / n.slices;
@@ -306,22 +288,23 @@ extern "C" {
 
 // sizes: B, H, N, D, V, chunk, slices, softplus, threads. strides: of batch, group and token, for
 // q, k, x, delta, z, out in turn. a: (H, D, V). memory (B, H, D, V): the first, becomes the last.
-// borders (chunks, B, H, D, V) or null. z, skip, bias and mask may be null.
+// borders (chunks, B, H, D, V) or null. z, skip, bias and mask may be null. scratch: 32 D numbers
+// a thread, at an address that 64 divides.
 void scan_forward(const float *q, const float *k, const float *x, const float *delta,
                   const float *z, const float *a, const float *skip, const float *bias,
                   const uint8_t *mask, float *memory, float *borders, float *out,
-                  const int64_t *sizes, const int64_t *strides) {
+                  float *scratch, const int64_t *sizes, const int64_t *strides) {
   const Sizes n(sizes);
   const Inputs in = inputs(q, k, x, delta, z, a, skip, bias, mask, strides);
   const Out to{out, strides + 15};
   auto *run = n.states == 16 ? forward_all<16> : n.states == 8 ? forward_all<8> : forward_all<0>;
-  run(in, n, memory, borders, to);
+  run(in, n, memory, borders, to, scratch);
 }
 
-// Numbers of scratch that a thread of scan_backward needs, through `own` below.
-//   states (T + 1, D), decays, dq, dk (T, D), steps, read (T): times 16.
 // strides: those of the forward's five inputs, then of grad_out, dq, dk, dx, ddelta, dz.
 // carry (B, H, D, V): the gradient of the last memory, becomes that of the first.
+// dq, dk: (slices, B, H, N, D), a part of the sum in each. da (B, H, D, V), dskip and dbias
+// (B, H, V): zeros, added to. scratch: 16 ((4 T + 4) D + 2 T) numbers a thread.
 void scan_backward(const float *q, const float *k, const float *x, const float *delta,
                    const float *z, const float *a, const float *skip, const float *bias,
                    const uint8_t *mask, const float *borders, const float *grad_out, float *carry,
@@ -334,9 +317,54 @@ void scan_backward(const float *q, const float *k, const float *x, const float *
   const int64_t slice = n.batch * n.groups * n.length * n.states;
   const Gradients grad{{grad_out, s}, {dq, s + 3},  {dk, s + 6}, {dx, s + 9}, {ddelta, s + 12},
                        {dz, s + 15},  da, dskip, dbias, slice, slice};
-  const int64_t own = kLanes * (n.states * (4 * n.chunk + 1) + 2 * n.chunk);
   auto *run =
       n.states == 16 ? backward_all<16> : n.states == 8 ? backward_all<8> : backward_all<0>;
-  run(in, n, borders, carry, grad, scratch, own);
+  run(in, n, borders, carry, grad, scratch);
+}
+
+// One token. q, k (B, H, D); x, delta, z (B, H, V), with the strides of batch and group in turn;
+// a (H, V, D), skip and bias (H, V); memory and next (B, H, V, D), may be the same; out (B, H, V).
+// sizes: B, H, D, V, softplus, threads.
+void scan_step(const float *q, const float *k, const float *x, const float *delta, const float *z,
+               const float *a, const float *skip, const float *bias, const float *memory,
+               float *next, float *out, const int64_t *sizes, const int64_t *strides) {
+  const int64_t H = sizes[1], D = sizes[2], V = sizes[3], blocks = (V + kLanes - 1) / kLanes;
+  const int64_t tasks = sizes[0] * H * blocks;
+  // A few microseconds of work are not worth waking threads for.
+  const bool many = tasks * kLanes * D > 65536;
+#pragma omp parallel for schedule(static) num_threads(sizes[5]) if (many)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t pair = task / blocks, v = task % blocks * kLanes, b = pair / H, h = pair % H;
+    const int count = (int)shorter(kLanes, V - v);
+    auto row = [&](const float *from, int tensor) {
+      return from + b * strides[2 * tensor] + h * strides[2 * tensor + 1];
+    };
+    const float *query = row(q, 0), *key = row(k, 1);
+    const Floats input = load_some(row(x, 2) + v, count);
+    const Floats low = bias ? load_some(bias + h * V + v, count) : Floats{};
+    const Floats step = step_of(row(delta, 3) + v, low, sizes[4], count);
+    const Floats scaled = step * input, exponent = step * kLog2E;
+    Floats y = {};
+    for (int c = 0; c < count; ++c) {  // here the states of a channel are the lanes
+      const float *rates = a + (h * V + v + c) * D, *from = memory + (pair * V + v + c) * D;
+      float *to = next + (pair * V + v + c) * D;
+      Floats read = {};
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const int some = (int)shorter(kLanes, D - d);
+        const Floats state = exp2_within(exponent[c] * load_some(rates + d, some)) *
+                                 load_some(from + d, some) +
+                             scaled[c] * load_some(key + d, some);
+        store_some(to + d, state, some);
+        read += state * load_some(query + d, some);
+      }
+      y[c] = sum(read);
+    }
+    if (skip) y += load_some(skip + h * V + v, count) * input;
+    if (z) {
+      const Floats gate = load_some(row(z, 4) + v, count);
+      y *= gate * logistic(gate);
+    }
+    store_some(out + pair * V + v, y, count);
+  }
 }
 }

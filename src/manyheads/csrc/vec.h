@@ -34,10 +34,24 @@ static inline Floats splat(float x) { return x - Floats{}; }
 
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// The lanes in the order that a constant index vector gives.
+#if defined(__clang__)
+#define MANYHEADS_TURN(v, by)                                                                  \
+  __builtin_shufflevector(v, v, (0 ^ by), (1 ^ by), (2 ^ by), (3 ^ by), (4 ^ by), (5 ^ by),    \
+                          (6 ^ by), (7 ^ by), (8 ^ by), (9 ^ by), (10 ^ by), (11 ^ by),        \
+                          (12 ^ by), (13 ^ by), (14 ^ by), (15 ^ by))
+#else
+#define MANYHEADS_TURN(v, by)                                                                  \
+  __builtin_shuffle(v, Ints{0 ^ by, 1 ^ by, 2 ^ by, 3 ^ by, 4 ^ by, 5 ^ by, 6 ^ by, 7 ^ by,    \
+                            8 ^ by, 9 ^ by, 10 ^ by, 11 ^ by, 12 ^ by, 13 ^ by, 14 ^ by, 15 ^ by})
+#endif
+
 static inline float sum(Floats v) {
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+  v += MANYHEADS_TURN(v, 8);
+  v += MANYHEADS_TURN(v, 4);
+  v += MANYHEADS_TURN(v, 2);
+  v += MANYHEADS_TURN(v, 1);
+  return v[0];
 }
 
 static inline float largest(Floats v) {

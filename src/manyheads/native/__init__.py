@@ -4,7 +4,14 @@ A kernel is a plain C function over pointers and sizes. Each family is one file 
 one shared library; PyTorch forms do the same work wherever a library cannot be had.
 """
 
-from manyheads.native.build import build, cache_folder, families
+from manyheads.native.build import (
+    BuildError,
+    Family,
+    build,
+    cache_folder,
+    describe,
+    families,
+)
 from manyheads.native.library import (
     Library,
     disabled,
@@ -16,9 +23,12 @@ from manyheads.native.library import (
 )
 
 __all__ = [
+    "BuildError",
+    "Family",
     "Library",
     "build",
     "cache_folder",
+    "describe",
     "disabled",
     "families",
     "library",

@@ -12,12 +12,22 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from manyheads.errors import unknown_name
 
-__all__ = ["BuildError", "build", "cache_folder", "compiler", "families", "library_path"]
+__all__ = [
+    "BuildError",
+    "Family",
+    "build",
+    "cache_folder",
+    "compiler",
+    "describe",
+    "families",
+    "library_path",
+]
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno",
@@ -34,6 +44,32 @@ class BuildError(RuntimeError):
 def families() -> tuple[str, ...]:
     """Return the names of the families, one for each file of ``csrc/``."""
     return tuple(sorted(path.stem for path in SOURCES.glob("*.cpp")))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What a family is: ``serves``, what it computes; ``without``, what its absence costs."""
+
+    serves: str
+    without: str
+
+
+def describe(family: str) -> Family:
+    """Read a family's facts from the comment its source begins with: the first sentence, and the
+    paragraph that begins with "Without it:".
+
+    Raises:
+        ValueError: no such family.
+    """
+    lines = []
+    for line in _source(family).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("//"):
+            break
+        lines.append(line[2:].strip())
+    paragraphs = [" ".join(p.split()) for p in "\n".join(lines).split("\n\n")]
+    serves = paragraphs[0].split(". ")[0].rstrip(".") if paragraphs else ""
+    missing = (p.partition(":")[2].strip() for p in paragraphs if p.startswith("Without it:"))
+    return Family(serves=serves, without=next(missing, "PyTorch forms run, slower").rstrip("."))
 
 
 @cache

@@ -6,8 +6,9 @@ V) values (x) and steps; a head is a group of channels that share B and C. Gu an
 Linear-Time Sequence Modeling with Selective State Spaces", 2312.00752.
 
 Causal only. Exact evaluation of its own definition, which is not softmax attention: a layer needs
-training. Forward about 6 N D V operations a head, of which 2 N D V are matrix products; the state
-is D·V numbers, whatever the context; (B, H, N, D, V) never exists, forward or backward.
+training. Forward about 6 N D V operations a head, of which 2 N D V are matrix products, by compiled
+kernels where they can be had; the state is D·V numbers, whatever the context; (B, H, N, D, V)
+never exists, forward or backward.
 Numerics: states, decays and their gradients in float32 at least; steps of any size are safe.
 """
 
@@ -35,26 +36,32 @@ __all__ = [
 ]
 
 
+# Of the published models, whatever the width of a head: the channels are the values.
+_STATES = 16
+
+
 def _inputs(shape: Shape, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     def draw(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator)
 
     tokens = (shape.batch, shape.hkv, shape.length)
     return {
-        "query": draw(shape.batch, shape.heads, shape.length, shape.head_dim),
-        "key": draw(*tokens, shape.head_dim),
+        "query": draw(shape.batch, shape.heads, shape.length, _STATES),
+        "key": draw(*tokens, _STATES),
         "value": draw(*tokens, shape.dv),
         "delta": draw(*tokens, shape.dv) - 3,
-        "a": -draw(shape.hkv, shape.dv, shape.head_dim).exp(),
+        "a": -draw(shape.hkv, shape.dv, _STATES).exp(),
     }
 
 
+def _states(s: Shape) -> int:
+    return s.batch * s.heads * _STATES * s.dv
+
+
 def _memory(s: Shape) -> int:
-    """Outputs, steps and scaled values; a chunk's two buffers; one memory a chunk."""
-    states = s.batch * s.heads * s.head_dim * s.dv
-    chunks = -(-s.length // CHUNK_SIZE)
-    kept = 2 * s.batch * s.heads * s.length * s.dv
-    return kept + states * (chunks + 2 * min(CHUNK_SIZE, s.length) + 2)
+    """Outputs, and for the backward one memory a chunk."""
+    outputs = s.batch * s.heads * s.length * s.dv
+    return outputs + _states(s) * (-(-s.length // CHUNK_SIZE) + 2)
 
 
 register_mechanism(
@@ -74,13 +81,13 @@ register_mechanism(
         exact=False,
         constant_state=True,
         cost="O(N D V)",
-        flops=lambda s: 2 * s.batch * s.heads * s.length * s.head_dim * s.dv,
-        bytes_moved=lambda s: 4 * s.batch * s.heads * s.length * (2 * s.head_dim + 3 * s.dv),
-        state_numbers=lambda s: s.batch * s.heads * s.head_dim * s.dv,
+        flops=lambda s: 2 * _states(s) * s.length,
+        bytes_moved=lambda s: 4 * s.batch * s.heads * s.length * (2 * _STATES + 3 * s.dv),
+        state_numbers=_states,
         memory_numbers=_memory,
         inputs=_inputs,
         notes=(
-            "head_dim is the state size (16 in the published models), value_dim the channels",
+            "a workload's head_dim are the channels of a group; each has the published 16 states",
             "one exponential for each token, channel and state sets its speed, and is not in flops",
         ),
     )

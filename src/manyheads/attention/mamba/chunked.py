@@ -68,9 +68,7 @@ def _chunk(x: ScanInputs, start: int, stop: int) -> _Chunk:
     return _Chunk(cut(x.query), cut(x.key), cut(x.value), raw, steps, gate, drop)
 
 
-def _states(
-    c: _Chunk, a: Tensor, memory: Tensor, buffers: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _states(c: _Chunk, a: Tensor, memory: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the decays and the states of a chunk, (T, B, H, D, V), in the first two buffers.
 
     Args:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.layers.heads import check_qkv, repeat_kv
+from manyheads.layers.precision import without_autocast
+from manyheads.native import library, strided
 
 __all__ = [
     "MambaState",
@@ -108,18 +110,70 @@ def mamba_step(
         The output (B, H, V) and the next state.
     """
     memory, heads = state.memory, query.shape[1]
-    bias = None if delta_bias is None else delta_bias.to(memory)
-    steps = step_sizes(delta.to(memory)[:, :, None], bias, delta_softplus)[:, :, 0]
-    x = value.to(memory)
-    added = repeat_kv(steps * x, heads)[..., None] * repeat_kv(key.to(memory), heads)[..., None, :]
-    rate = repeat_kv(steps, heads)[..., None] * repeat_kv(a.to(memory)[None], heads)
-    memory = torch.addcmul(added, rate.exp(), memory)
-    out = (memory @ query.to(memory)[..., None]).squeeze(-1)
-    if skip is not None:
-        out = out + repeat_kv(skip.to(memory) * x, heads)
-    if gate is not None:
-        out = out * F.silu(gate.to(memory))
+    q, k, x, d, rates = (t.to(memory) for t in (query, key, value, delta, a))
+    low, z, through = (None if t is None else t.to(memory) for t in (delta_bias, gate, skip))
+    k, x, d = (repeat_kv(t, heads) for t in (k, x, d))
+    rates = repeat_kv(rates[None], heads)[0]
+    low, through = (None if t is None else repeat_kv(t[None], heads)[0] for t in (low, through))
+    run = _step if torch.is_grad_enabled() else _step_op  # the operator has no backward
+    out, memory = run(q, k, x, d, rates, memory, through, z, low, delta_softplus)
     return out.to(query.dtype), MambaState(memory)
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    memory: Tensor,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    steps = step_sizes(delta[:, :, None], bias, softplus)[:, :, 0]
+    added = (steps * value)[..., None] * key[..., None, :]
+    memory = torch.addcmul(added, (steps[..., None] * a).exp(), memory)
+    out = (memory @ query[..., None]).squeeze(-1)
+    if skip is not None:
+        out = out + skip * value
+    if gate is not None:
+        out = out * F.silu(gate)
+    return out, memory
+
+
+@torch.library.custom_op("manyheads::mamba_step", mutates_args=())
+@without_autocast
+def _step_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    memory: Tensor,
+    skip: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    lib = library("scan", like=query)
+    if lib is None:
+        return _step(query, key, value, delta, a, memory, skip, gate, bias, softplus)
+    moving = [t if t is None or t.stride(-1) == 1 else t.contiguous()
+              for t in (query, key, value, delta, gate)]  # fmt: skip
+    fixed = [None if t is None else t.contiguous() for t in (a, skip, bias, memory)]
+    after = memory.new_empty(memory.shape)
+    out = value.new_empty(value.shape)
+    sizes = (*query.shape, value.shape[2], int(softplus), torch.get_num_threads())
+    strides = tuple(s for t in moving for s in ((0, 0) if t is None else t.stride()[:2]))
+    lib("scan_step", *map(strided, moving), *fixed, after, out, sizes, strides)
+    return out, after
+
+
+@_step_op.register_fake
+def _(query, key, value, delta, a, memory, *rest):  # type: ignore[no-untyped-def]
+    return value.new_empty(value.shape), memory.new_empty(memory.shape)
 
 
 def step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

@@ -72,11 +72,11 @@ def _slices(batch: int, heads: int, channels: int) -> int:
     return max(1, min(wanted, -(-channels // 16)))
 
 
-def _kernel_inputs(x: ScanInputs, chunk_size: int) -> tuple[list[Tensor | None], list[Tensor | None], tuple[int, ...]]:
+def _kernel_inputs(
+    x: ScanInputs, chunk_size: int
+) -> tuple[list[Tensor | None], list[Tensor | None], tuple[int, ...]]:
     moving = [_rows(t) for t in (x.query, x.key, x.value, x.delta, x.gate)]
-    fixed = [
-        None if t is None else t.contiguous() for t in (x.a, x.skip, x.bias, x.mask)
-    ]
+    fixed = [None if t is None else t.contiguous() for t in (x.a, x.skip, x.bias, x.mask)]
     batch, heads, length, states = x.query.shape
     channels = x.value.shape[3]
     sizes = (batch, heads, length, states, channels, chunk_size, _slices(batch, heads, channels),
@@ -90,7 +90,8 @@ def _native_forward(
 ) -> Tensor:  # fmt: skip
     moving, fixed, sizes = _kernel_inputs(x, chunk_size)
     final = memory.clone(memory_format=torch.contiguous_format)
-    lib("scan_forward", *map(strided, moving), *fixed, final, borders, strided(out), sizes,
+    scratch = memory.new_empty(sizes[8] * 32 * sizes[3])
+    lib("scan_forward", *map(strided, moving), *fixed, final, borders, strided(out), scratch, sizes,
         _strides(*moving, out))  # fmt: skip
     return final
 
@@ -113,7 +114,7 @@ def _native_backward(
               for _ in range(2)] if slices > 1 else list(grads[:2])  # fmt: skip
     grad_a = torch.zeros_like(carry)
     grad_skip, grad_bias = (grad_a.new_zeros(batch, heads, sizes[4]) for _ in range(2))
-    own = 16 * (states * (4 * chunk_size + 1) + 2 * chunk_size)
+    own = 16 * (states * (4 * chunk_size + 4) + 2 * chunk_size)
     scratch = x.query.new_empty(threads * own)
     outputs = (*(t if slices == 1 else t[0] for t in shared), *grads[2:])
     lib("scan_backward", *map(strided, moving), *fixed, borders, strided(rows), carry,
@@ -158,8 +159,8 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(query, key, value, delta, a, memory, skip, gate, bias, mask, softplus, chunk_size,
-      kernel, keep):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(query, key, value, delta, a, memory, *rest):  # type: ignore[no-untyped-def]
+    chunk_size, _, keep = rest[-3:]
     chunks = -(-query.shape[2] // chunk_size) if keep else 0
     final = torch.empty_like(memory, memory_format=torch.contiguous_format)
     return _by_token(query, value.shape[3]), final, query.new_empty(chunks, *memory.shape)

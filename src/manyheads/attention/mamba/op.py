@@ -24,7 +24,7 @@ __all__ = ["CHUNK_SIZE", "mamba", "mamba_update"]
 
 Implementation = Literal["auto", "native", "chunked", "recurrent"]
 _IMPLEMENTATIONS = ("auto", "native", "chunked", "recurrent")
-CHUNK_SIZE = 16
+CHUNK_SIZE = 32
 
 
 def mamba(
@@ -146,10 +146,8 @@ def mamba_update(
     q, k, x, d, rates = (t.to(work) for t in (query, key, value, delta, a))
     skip, z, bias = (None if t is None else t.to(work) for t in (skip, gate, delta_bias))
     k, x, d = (repeat_kv(t, heads) for t in (k, x, d))
-    rates, skip, bias = (
-        None if t is None else repeat_kv(t[None], heads)[0] for t in (rates, skip, bias)
-    )
-    assert rates is not None
+    rates = repeat_kv(rates[None], heads)[0]
+    skip, bias = (None if t is None else repeat_kv(t[None], heads)[0] for t in (skip, bias))
     memory = q.new_zeros(batch, *rates.shape) if state is None else state.memory.to(work)
     if implementation == "native":
         require("scan", like=q)

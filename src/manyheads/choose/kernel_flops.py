@@ -1,0 +1,30 @@
+"""FLOPs of our own operators whose bodies may be compiled kernels, as their PyTorch forms count.
+
+Only what is a matrix product in that form is counted, by the convention of `flop_formulas`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["KERNELS"]
+
+Arguments = Mapping[str, Any]
+
+
+def _scan(a: Arguments, out: Any) -> int:
+    return 2 * a["query"].numel() * a["value"].shape[-1]
+
+
+def _scan_backward(a: Arguments, out: Any) -> int:
+    # The gradients of query, key and value; for a gate the outputs once more.
+    return (3 if a["gate"] is None else 4) * _scan(a, out)
+
+
+KERNELS: dict[str, Callable[[Arguments, Any], int]] = {
+    "manyheads::mamba_scan": _scan,
+    "manyheads::mamba_scan_backward": _scan_backward,
+    "manyheads::mamba_step": _scan,
+}
+"""Operator name to its FLOPs, from the arguments by name and the output."""
