@@ -8,6 +8,7 @@ from manyheads.bridges.transformers import ManyheadsConfig, ManyheadsForCausalLM
 
 FAMILIES: dict[str, tuple[str, dict]] = {
     "softmax": ("MixerLM", {"mixers": "softmax*2"}),
+    "placed": ("MixerLM", {"mixers": "softmax", "add_positions": True}),
     "lean": ("MixerLM", {"mixers": "lean"}),
     "gla": ("MixerLM", {"mixers": "gla*2"}),
     "hybrid": ("MixerLM", {"mixers": "gla,softmax,mamba,aaren"}),
