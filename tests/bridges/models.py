@@ -8,10 +8,21 @@ from manyheads.bridges.transformers import ManyheadsConfig, ManyheadsForCausalLM
 
 FAMILIES: dict[str, tuple[str, dict]] = {
     "softmax": ("MixerLM", {"mixers": "softmax*2"}),
+    "placed": ("MixerLM", {"mixers": "softmax", "add_positions": True}),
     "lean": ("MixerLM", {"mixers": "lean"}),
     "gla": ("MixerLM", {"mixers": "gla*2"}),
     "hybrid": ("MixerLM", {"mixers": "gla,softmax,mamba,aaren"}),
     "others": ("MixerLM", {"mixers": "flow,norm,urpe,diag"}),
+    "blocks": (
+        "MixerLM",
+        {
+            "mixers": "landmark,routing",
+            "mixer_options": {
+                "landmark": {"block_size": 4},
+                "routing": {"clusters": 2, "window": 8},
+            },
+        },
+    ),
     "gla_lm": ("GLAForCausalLM", {"num_layers": 2, "softmax_layers": (1,)}),
     "mamba_lm": ("MambaForCausalLM", {"num_layers": 2}),
     "flowformer": ("FlowformerGPT", {"num_layers": 2, "block_size": 64}),

@@ -22,7 +22,7 @@ from manyheads.data import ByteTokenizer, load_text
 from manyheads.models.language.causal import next_token_loss
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
-KEY_VALUE = ("softmax", "lean")
+KEY_VALUE = ("softmax", "placed", "lean")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -111,7 +111,7 @@ def test_cropping_counts_real_tokens_alone() -> None:
     assert relative_error(found[1:], wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gla", "hybrid", "others", "mamba_lm"])
+@pytest.mark.parametrize("name", ["gla", "hybrid", "others", "mamba_lm", "blocks", "routing"])
 def test_recurrent_layers_crop_what_was_recorded(name) -> None:
     model, ids = build(name), tokens(2, 19)
     cache = model.new_cache()
@@ -127,6 +127,19 @@ def test_recurrent_layers_crop_what_was_recorded(name) -> None:
     cache.crop(0)
     with pytest.raises(ValueError, match="activate_past_recording"):
         cache.crop(-6)
+
+
+@pytest.mark.parametrize("name", ["blocks", "routing", "hybrid"])
+@torch.no_grad()  # states are written in place only where nothing is differentiated
+def test_steps_that_are_taken_back_leave_no_trace(name) -> None:
+    model, ids = build(name), tokens(2, 27)
+    cache = model.new_cache()
+    read(model, [ids[:, :19]], cache)
+    cache.activate_past_recording()
+    read(model, [tokens(2, 1) for _ in range(6)], cache)  # written over the oldest of a full ring
+    cache.crop(-6)
+    found = read(model, [ids[:, 19:]], cache)
+    assert relative_error(found, model(ids).logits[:, 19:]) < 1e-5
 
 
 def test_recurrent_states_refuse_to_be_cut() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E4
 from manyheads.bridges.transformers.attention import register  # noqa: E402
 from manyheads.bridges.transformers.cache import ManyheadsCache  # noqa: E402
 from manyheads.bridges.transformers.config import ManyheadsConfig  # noqa: E402
+from manyheads.bridges.transformers.landmark import landmark_from_llama  # noqa: E402
 from manyheads.bridges.transformers.modeling import (  # noqa: E402
     ManyheadsForCausalLM,
     ManyheadsModel,
@@ -25,6 +26,7 @@ __all__ = [
     "ManyheadsConfig",
     "ManyheadsForCausalLM",
     "ManyheadsModel",
+    "landmark_from_llama",
     "register",
 ]
 

@@ -99,7 +99,7 @@ def _decode(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
             tokens[:, i : i + 1],
             attention_mask=mask[:, : i + 1],
             use_cache=True,
-            **{k: v for k, v in out.items() if k in ("cache", "past_key_values")},
+            cache=out.cache,
         )
         parts.append(out.logits)
     return torch.cat(parts, 1)[mask.bool()]

@@ -5,7 +5,6 @@ B batch, N length, T length with what a cache holds, V vocabulary, C hidden size
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,10 +21,6 @@ from manyheads.models.language.causal import CausalLM
 from manyheads.models.language.landmark import LandmarkLM
 
 __all__ = ["ManyheadsForCausalLM", "ManyheadsModel"]
-
-# What outputs call the cache: "cache", or "past_key_values" in the first versions 5.
-_NAMES = {f.name for f in fields(CausalLMOutputWithPast)}
-_CACHE = "cache" if "cache" in _NAMES else "past_key_values"
 
 
 class ManyheadsModel(Wrapped):
@@ -63,8 +58,7 @@ class ManyheadsModel(Wrapped):
         hidden = seen[0] if seen[0].ndim == 3 else seen[0][:, None]
         if cache is None and isinstance(self.model, LandmarkLM) and self.config.insert_landmarks:
             hidden = strip_landmarks(hidden, self.model.config.freq)
-        held: dict[str, Any] = {_CACHE: cache}
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, **held)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, cache=cache)
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -142,8 +136,7 @@ class ManyheadsForCausalLM(Wrapped, GenerationMixin):
                     f"{tuple(logits.shape[:2])}"
                 )
             loss = _loss(logits, labels, mask, num_items_in_batch)
-        held: dict[str, Any] = {_CACHE: cache}
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **held)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
         return output if return_dict is not False else output.to_tuple()
 
     @classmethod
@@ -159,13 +152,13 @@ class ManyheadsForCausalLM(Wrapped, GenerationMixin):
                 f"cache_implementation={kind!r} is for keys and values: leave it away, this model "
                 "brings its own cache"
             )
-        given = model_kwargs.get(_CACHE)
+        given = model_kwargs.get("cache")
         if given is not None:
             given._is_user_defined = True  # generate() may not leave it half-way
         if generation_config.use_cache is not False and given is None:
-            model_kwargs[_CACHE] = self.new_cache()
+            model_kwargs["cache"] = self.new_cache()
             if getattr(generation_config, "is_assistant", False):
-                model_kwargs[_CACHE].activate_past_recording()
+                model_kwargs["cache"].activate_past_recording()
 
 
 def _taker(seen: list[Tensor]) -> Change:
