@@ -6,6 +6,7 @@ W window: tokens a cluster.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,10 +92,11 @@ def routing_select(
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return rows (B, H, M, D) of x (B, H, N, D) at an index (B, H, M)."""
-    base = torch.arange(x.shape[0] * x.shape[1], device=x.device) * x.shape[2]
-    flat = index + base.view(*x.shape[:2], 1)
-    return x.reshape(-1, x.shape[3]).index_select(0, flat.flatten()).view(*index.shape, x.shape[3])
+    """Return rows (..., M, D) of x (..., N, D) at an index (..., M)."""
+    *lead, length, dim = x.shape
+    base = torch.arange(math.prod(lead), device=x.device) * length
+    flat = index + base.view(*lead, 1)
+    return x.reshape(-1, dim).index_select(0, flat.flatten()).view(*index.shape, dim)
 
 
 def relative_rows(table: Tensor, distance: Tensor) -> Tensor:
