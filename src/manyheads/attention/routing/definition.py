@@ -83,8 +83,12 @@ def routing_select(
         rows = step[:, None] * torch.arange(size, device=far.device)
         index = rows[:, None, None].expand(*far.shape[:3], size)
         return far.argsort(dim=-1, stable=True).gather(-1, index).sort(dim=-1).values
-    # topk may break ties as it likes; with the last distance known, ties are broken by place.
-    last = far.topk(size, largest=False).values.amax(-1, keepdim=True)
+    # topk may break ties as it likes; where a tie reaches the last place, they are broken by place.
+    nearest = far.topk(size, largest=False)
+    last = nearest.values.amax(-1, keepdim=True)
+    # Whether there are such ties is a question to the numbers, which a compiled graph cannot ask.
+    if not torch.compiler.is_compiling() and bool(((far <= last).sum(-1) == size).all()):
+        return nearest.indices.sort(-1).values
     nearer, level = far < last, far == last
     room = size - nearer.sum(-1, keepdim=True)
     chosen = nearer | (level & (level.cumsum(-1) <= room))
