@@ -118,8 +118,8 @@ MUTATIONS = (
         "routing: the constant beside the number of clusters is left out",
         "routing",
         "attention/routing/fast.py",
-        "return (total / (count + eps)[:, None])",
-        "return (total / count.clamp_min(1)[:, None])",
+        "share = (1 / (count + eps))",
+        "share = (1 / count.clamp_min(1))",
     ),
     Mutation(
         "urpe: the multiplier is left out forwards",

@@ -158,7 +158,8 @@ class LandmarkMemory:
                 places += torch.arange(self.seen, self.seen + count, device=key.device) * size
             gates = self._turn(blocks[0][:, :, :, -1], places[:, None, None])
             self._blocks.write(self.seen, *blocks)
-            self._gates.write(self.seen, gates)
+            # Lengths bound what rounding may change in a score.
+            self._gates.write(self.seen, gates, gates.norm(dim=-1))
             self.seen += count
 
     def retrieve(self, query: Tensor) -> Retrieved:
@@ -186,14 +187,19 @@ class LandmarkMemory:
     def fetch(self, query: Tensor, block: Tensor, *, offset: int = 0) -> Retrieved:
         """Fetch chosen blocks; ``offset``: tokens of the chunk before these queries."""
         size, heads, dim = self.block_size, query.shape[1], query.shape[3]
-        numbers, place = block.unique(return_inverse=True)
-        keys, values = self._blocks.read(numbers, query.device)  # (blocks, B, H_kv, L, D)
         within = torch.arange(size, device=query.device)[None, None, None]
-        keys = self._turn(keys.to(_wide(query)), within)
         rows = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
         kv = torch.arange(heads, device=query.device)[None, :, None, None]
-        kv = kv // (heads // keys.shape[2])
-        keys, values = keys[place, rows, kv], values[place, rows, kv]  # (B, H, T or 1, k, L, D)
+        if block.shape[2] == 1:  # each is fetched once or nearly so
+            keys, values = self._blocks.pick(block, rows, kv, query.device)
+            keys = self._turn(keys.to(_wide(query)), within)
+        else:
+            numbers, place = block.unique(return_inverse=True)
+            keys, values = self._blocks.read(numbers, query.device)  # (blocks, B, H_kv, L, D)
+            keys = self._turn(keys.to(_wide(query)), within)
+            kv = kv // (heads // keys.shape[2])
+            keys, values = keys[place, rows, kv], values[place, rows, kv]
+        # (B, H, T or 1, k, L, D)
         at = self._query_places(query, offset)[:, None]  # (T, 1)
         turned = self._turn(query[:, :, :, None].to(keys), at - self._base(block))
         if block.shape[2] == 1:
@@ -248,23 +254,18 @@ class LandmarkMemory:
         Scaled, float32 at least.
         """
         wide = _wide(query)
-        numbers = torch.arange(self.seen - self.stored, self.seen, device=query.device)
-        (gates,) = self._gates.read(numbers, query.device)  # (S, B, H_kv, D)
-        gates = gates.to(wide).permute(1, 2, 3, 0)  # (B, H_kv, D, S)
-        at = self._query_places(query, 0)
+        gates, lengths = self._gates.last(self.stored, self.seen)  # (S, B, H_kv, D)
+        gates, at = gates.to(wide).permute(1, 2, 3, 0), self._query_places(query, 0)
         q = query.to(wide)
         scores = grouped_scores(self._turn(q, at[None, None]), gates)
         if self.positions == "stingy":
             # The newest blocks stand at slots of their own; it is the query that is turned back.
             newest = min(self.top_k, self.stored)
-            for back in range(newest):
-                slot = self.top_k - back
-                moved = self._turn(q, (at - slot * self.block_size)[None, None])
-                column = self.stored - 1 - back
-                scores[..., column : column + 1] = grouped_scores(
-                    moved, gates[..., column : column + 1]
-                )
-        longest = gates.norm(dim=2).amax(-1)[..., None, None]  # (B, H_kv, 1, 1)
+            slots = torch.arange(self.top_k - newest + 1, self.top_k + 1, device=q.device)
+            moved = self._turn(q[:, :, :, None], at[:, None] - slots * self.block_size)
+            own = repeat_kv(gates[..., -newest:].mT, q.shape[1])[:, :, None]  # (B, H, 1, newest, D)
+            scores[..., -newest:] = (moved * own).sum(-1)
+        longest = lengths.to(wide).amax(0)[..., None, None]  # (B, H_kv, 1, 1)
         slack = q.norm(dim=-1, keepdim=True) * repeat_kv(longest, q.shape[1])
         scale = query.shape[-1] ** -0.5
         return scores * scale, slack * (8 * torch.finfo(wide).eps * scale)

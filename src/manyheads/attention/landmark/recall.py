@@ -40,9 +40,12 @@ def attend_with_memory(memory: LandmarkMemory, query: Tensor, key: Tensor, value
         if memory.tail is not None:
             values = torch.cat((memory.tail[1].to(values), values), 2)
         keys, values = repeat_kv(keys, heads), repeat_kv(values, heads)
-        out, total = block_landmark_total(
-            q, keys, values, block_size=memory.block_size, scale=scale
-        )
+        if q.shape[2] == 1:
+            out, total = _own_block(q * scale, keys, values, memory.block_size)
+        else:
+            out, total = block_landmark_total(
+                q, keys, values, block_size=memory.block_size, scale=scale
+            )
         if memory.stored:
             far, weight = _far(memory, query.to(work))
             # Two parts of one softmax, each with the logarithm of its sum.
@@ -50,6 +53,14 @@ def attend_with_memory(memory: LandmarkMemory, query: Tensor, key: Tensor, value
             out = near * out + (1 - near) * far
     memory.append(key, value)
     return out.to(query.dtype)
+
+
+def _own_block(q: Tensor, keys: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Attend with one token to its own block alone; its landmark does not see itself."""
+    if keys.shape[2] == size:
+        keys, values = keys[:, :, :-1], values[:, :, :-1]
+    scores = q @ keys.mT
+    return scores.softmax(-1) @ values, scores.logsumexp(-1)
 
 
 def _far(memory: LandmarkMemory, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,32 @@ class BlockStore:
             held[(numbers % held.shape[0]).to(held.device)].to(device) for held in self.tensors
         )
 
+    def last(self, count: int, seen: int) -> tuple[Tensor, ...]:
+        """Return the last ``count`` of ``seen`` blocks, oldest first, (count, B, ...); views."""
+        room = self.tensors[0].shape[0]
+        first, stop = (seen - count) % room, (seen - 1) % room + 1
+        if first < stop:
+            return tuple(held[first:stop] for held in self.tensors)
+        return tuple(torch.cat((held[first:], held[:stop])) for held in self.tensors)
+
+    def pick(
+        self, block: Tensor, row: Tensor, head: Tensor, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """Return (B, H, T, k, ...) of blocks (B, H, T, k, B, H_kv, ...): a row and head of each.
+
+        ``row`` and ``head`` broadcast to the blocks; each key head serves consecutive heads.
+        """
+        heads = self.tensors[0].shape[2]
+        head = head // (block.shape[1] // heads)
+        index = (block % self.tensors[0].shape[0] * self.tensors[0].shape[1] + row) * heads + head
+        return tuple(
+            held.flatten(0, 2)
+            .index_select(0, index.flatten().to(held.device))
+            .view(*block.shape, *held.shape[3:])
+            .to(device)
+            for held in self.tensors
+        )
+
     def clone(self) -> BlockStore:
         """Return a copy that does not share memory or files."""
         other = BlockStore(self.capacity, self.device, None)

@@ -97,8 +97,8 @@ def _pairs(s: Shape) -> tuple[int, int, int]:
     if not s.is_causal:
         window = min(_WINDOW, s.length)
         return _CLUSTERS, window, window
-    size = tile_sizes(_WINDOW)
-    return -(-s.length // size) + s.length // size, size, size + _WINDOW - 1
+    size, reach = tile_sizes(_WINDOW)
+    return -(-s.length // size) + s.length // size, size, reach
 
 
 def _flops(s: Shape) -> int:

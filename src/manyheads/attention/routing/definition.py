@@ -6,6 +6,7 @@ W window: tokens a cluster.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -82,8 +83,12 @@ def routing_select(
         rows = step[:, None] * torch.arange(size, device=far.device)
         index = rows[:, None, None].expand(*far.shape[:3], size)
         return far.argsort(dim=-1, stable=True).gather(-1, index).sort(dim=-1).values
-    # topk may break ties as it likes; with the last distance known, ties are broken by place.
-    last = far.topk(size, largest=False).values.amax(-1, keepdim=True)
+    # topk may break ties as it likes; where a tie reaches the last place, they are broken by place.
+    nearest = far.topk(size, largest=False)
+    last = nearest.values.amax(-1, keepdim=True)
+    # Whether there are such ties is a question to the numbers, which a compiled graph cannot ask.
+    if not torch.compiler.is_compiling() and bool(((far <= last).sum(-1) == size).all()):
+        return nearest.indices.sort(-1).values
     nearer, level = far < last, far == last
     room = size - nearer.sum(-1, keepdim=True)
     chosen = nearer | (level & (level.cumsum(-1) <= room))
@@ -91,10 +96,11 @@ def routing_select(
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return rows (B, H, M, D) of x (B, H, N, D) at an index (B, H, M)."""
-    base = torch.arange(x.shape[0] * x.shape[1], device=x.device) * x.shape[2]
-    flat = index + base.view(*x.shape[:2], 1)
-    return x.reshape(-1, x.shape[3]).index_select(0, flat.flatten()).view(*index.shape, x.shape[3])
+    """Return rows (..., M, D) of x (..., N, D) at an index (..., M)."""
+    *lead, length, dim = x.shape
+    base = torch.arange(math.prod(lead), device=x.device) * length
+    flat = index + base.view(*lead, 1)
+    return x.reshape(-1, dim).index_select(0, flat.flatten()).view(*index.shape, dim)
 
 
 def relative_rows(table: Tensor, distance: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from manyheads.attention.routing.relative import (
     spread_by_distance,
     unskew,
 )
+from manyheads.attention.routing.tiles import Layout, attend_tiles
 
 __all__ = ["attend_block", "attend_strict", "attend_top", "tile_sizes"]
 
@@ -25,9 +26,10 @@ _HIDDEN = -1e9
 _Tables = tuple[Tensor | None, Tensor | None]
 
 
-def tile_sizes(window: int) -> int:
-    """Return the queries of one tile of the strict form."""
-    return window if window <= 32 else -(-window // 2)
+def tile_sizes(window: int) -> tuple[int, int]:
+    """Return the queries of one tile of the strict form, and its keys, a multiple of them."""
+    size = window if window <= 32 else -(-window // 2)
+    return size, -(-(size + window - 1) // size) * size
 
 
 def attend_block(
@@ -99,46 +101,38 @@ def attend_top(
         lengths: (B,) tokens that may be chosen, at the front of each row, or None for all.
         hidden: (B, H, N) keys that are chosen and count, but are not attended to.
     """
-    batch, heads, length, _ = q.shape
 
     def select(x: Tensor) -> Tensor:  # (B, H, C, W)
-        distances = routing_distances(x, means)
+        distances = routing_distances(x.detach(), means)
         return routing_select(distances, window, lengths=lengths, strided=strided)
 
     q_index = select(q)
     k_index = q_index if is_shared else select(k)
-    sizes = q_index.shape[2:]
-
-    def gather(x: Tensor, index: Tensor) -> Tensor:
-        return take_rows(x, index.flatten(2)).unflatten(2, sizes)
-
-    allowed = None
+    size = q_index.shape[3]
+    queries, keys = (index.flatten(2).flatten(0, 1) for index in (q_index, k_index))  # (G, C W)
+    count = q.new_zeros(len(queries), q.shape[2])
+    count = count.scatter_add(1, queries, q.new_ones(()).expand_as(queries))
+    # Keys stand in the order of their places: what a query sees of them is at the front.
+    high = torch.full((), size, device=q.device)
     if is_causal:
-        if official or is_shared:
-            allowed = torch.ones(sizes[1], sizes[1], dtype=torch.bool, device=q.device).tril()
+        if is_shared or official:
+            high = torch.arange(1, size + 1, device=q.device)
         else:
-            allowed = k_index[..., None, :] <= q_index[..., None]
+            high = torch.searchsorted(k_index, q_index, right=True)
     if lengths is not None:
-        seen = (k_index < lengths[:, None, None, None])[..., None, :]
-        allowed = seen if allowed is None else allowed & seen
+        real = (k_index < lengths[:, None, None, None]).sum(-1, keepdim=True)
+        high = torch.minimum(high, real)
+    high = high.expand_as(q_index).reshape(queries.shape)
+    share = (1 / (count + eps)).gather(1, queries).masked_fill(high < 1, 0)
+    high = high.clamp_min(1)
+    layout = Layout(queries, keys, torch.zeros_like(high), high, share, None, None, None)
     if hidden is not None:
-        seen = ~hidden.gather(2, k_index.flatten(2)).unflatten(2, sizes)[..., None, :]
-        allowed = seen if allowed is None else allowed & seen
-    out = attend_block(
-        gather(q, q_index),
-        gather(k, k_index),
-        gather(v, k_index),
-        allowed,
-        tables,
-        uniform=official,
-        dropout_p=dropout_p,
-    ).flatten(2, 3)  # (B, H, C W, V)
-    base = torch.arange(batch * heads, device=q.device).view(batch, heads, 1) * length
-    flat = (q_index.flatten(2) + base).flatten()
-    total = out.new_zeros(batch * heads * length, v.shape[3])
-    total = total.index_add(0, flat, out.reshape(-1, v.shape[3]))
-    count = out.new_zeros(batch * heads * length).index_add(0, flat, torch.ones_like(flat).to(out))
-    return (total / (count + eps)[:, None]).view(batch, heads, length, v.shape[3])
+        hidden = hidden.gather(2, k_index.flatten(2))
+        hidden = hidden.unflatten(2, k_index.shape[2:])[..., None, :].flatten(0, 1)
+    return _attend(
+        q, k, v, layout, tables,
+        size=size, reach=size, shift=0, hidden=hidden, uniform=official, dropout_p=dropout_p,
+    )  # fmt: skip
 
 
 def attend_strict(
@@ -151,6 +145,7 @@ def attend_strict(
     window: int,
     is_shared: bool,
     tables: _Tables,
+    eps: float,
     dropout_p: float,
 ) -> Tensor:
     """Attend to the last W keys of the own cluster, among those up to the own place.
@@ -163,67 +158,129 @@ def attend_strict(
         own, theirs: clusters of queries (B, H, N) and keys (B, H, M); clusters that only the one
             side has are seen by nobody.
         is_shared: queries and keys have the same clusters, and N = M.
+        eps: outputs are divided by 1 + eps.
     """
     length, count = q.shape[2], k.shape[2]
-    size = tile_sizes(window)
-    order = theirs.argsort(dim=-1, stable=True)  # (B, H, M)
+    size, reach = tile_sizes(window)
+    own, theirs = own.flatten(0, 1), theirs.flatten(0, 1)
+    ids, order = theirs.sort(dim=-1, stable=True)  # (G, M)
     places = torch.arange(count, device=q.device)
-    code = (theirs * (count + 1) + places).gather(-1, order)
-    moment = places[count - length :].expand_as(own)
-    stop = torch.searchsorted(code, own * (count + 1) + moment, right=True)  # (B, H, N)
-    start = torch.searchsorted(code, own * (count + 1))
-    start = torch.maximum(start, stop - window)
+    rank = torch.zeros_like(order).scatter(-1, order, places.expand_as(order))
     buckets = -(-count // size)
     if is_shared:
-        slot = torch.zeros_like(order).scatter(-1, order, places.expand_as(order))
-        bucket = torch.arange(buckets, device=q.device).expand(*order.shape[:2], buckets)
+        stop = (places + 1).expand_as(order)
+        start = torch.searchsorted(ids, ids)
+        fill = (0, buckets * size - count)
+        queries, start, stop = (F.pad(t, fill) for t in (order, start, stop))
+        slot, block = rank, None
+        first = torch.arange(buckets, device=q.device).expand(len(order), buckets)
     else:
-        slot, bucket = _tiles((stop - 1).clamp_min(0) // size, size, buckets)
-    tiles = bucket.shape[-1]
-    source = torch.full((*slot.shape[:2], tiles * size), length, device=q.device)
-    source = source.scatter(-1, slot, torch.arange(length, device=q.device).expand_as(slot))
-    empty, source = source >= length, source.clamp_max(length - 1)
-    low = start.gather(-1, source).masked_fill(empty, count).unflatten(-1, (tiles, size))
-    high = stop.gather(-1, source).unflatten(-1, (tiles, size))
-    reach = size + window - 1
-    seen = bucket[..., None] * size + torch.arange(1 - window, size, device=q.device)
-    index = order.gather(-1, seen.clamp(0, count - 1).flatten(2))  # (B, H, T J)
-    seen = seen[..., None, :]  # (B, H, T, 1, J)
-    allowed = (seen >= low[..., None]) & (seen < high[..., None])
-    has_tables = any(t is not None for t in tables)
-    distance = seen - (high[..., None] - 1) if has_tables and not is_shared else None
-    out = attend_block(
-        take_rows(q, source).unflatten(2, (tiles, size)),
-        take_rows(k, index).unflatten(2, (tiles, reach)),
-        take_rows(v, index).unflatten(2, (tiles, reach)),
+        code = ids * (count + 1) + order
+        stop = torch.searchsorted(code, own * (count + 1) + places[count - length :], right=True)
+        start = torch.searchsorted(ids, own)
+        slot, block = _tiles((stop - 1).clamp_min(0) // size, size, buckets)
+        queries = torch.full((len(slot), block.shape[1] * size), length, device=q.device)
+        queries = queries.scatter(-1, slot, torch.arange(length, device=q.device).expand_as(slot))
+        empty, queries = queries >= length, queries.clamp_max(length - 1)
+        start, stop = (t.gather(-1, queries).masked_fill(empty, 0) for t in (start, stop))
+        first = block
+    start = torch.maximum(start, stop - window)
+    share = (stop > start).to(q) / (1 + eps)
+    # Counted from the first key of the tile.
+    base = (first * size - (reach - size)).repeat_interleave(size, -1)
+    seen = stop > start
+    low = torch.where(seen, start - base, 0)
+    high = torch.where(seen, stop - base, 1)
+    keys = F.pad(order, (reach - size, buckets * size - count))
+    layout = Layout(queries, keys, low, high, share, slot, rank + (reach - size), block)
+    distance = None
+    if block is not None and any(t is not None for t in tables):
+        # A query stands where its interval ends, which is not the place it has in the tile.
+        columns = torch.arange(reach, device=q.device)
+        distance = columns - (high - 1).unflatten(-1, (-1, size))[..., None]
+    return _attend(
+        q, k, v, layout, tables,
+        size=size, reach=reach, shift=reach - size, distance=distance, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    tables: _Tables,
+    *,
+    size: int,
+    reach: int,
+    shift: int,
+    distance: Tensor | None = None,
+    hidden: Tensor | None = None,
+    uniform: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attend (B, H, N, D) as the layout says, by the operator or by what autograd keeps.
+
+    ``shift``, ``distance``, ``uniform``: as :func:`attend_block`; ``hidden`` (G, T, 1, J).
+    """
+    heads, batch = q.shape[1], q.shape[0]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    if distance is None and hidden is None and not uniform and not dropout_p:
+        rows = (_rows(tables[0], q, size, reach, shift), _rows(tables[1], v, size, reach, shift))
+        out = attend_tiles(q, k, v, layout, rows, size=size, reach=reach)
+        return out.unflatten(0, (batch, heads))
+    queries, keys, low, high, share, slot, _, block = layout
+    low, high = (t.unflatten(-1, (-1, size))[..., None] for t in (low, high))
+    tiles, columns = low.shape[1], torch.arange(reach, device=q.device)
+    allowed = (columns >= low) & (columns < high)
+    if hidden is not None:
+        allowed = allowed & ~hidden
+    if block is None:
+        block = torch.arange(tiles, device=q.device).expand(len(keys), tiles)
+    index = keys.gather(1, (block[..., None] * size + columns).flatten(1))
+    made = attend_block(
+        take_rows(q, queries).unflatten(1, (tiles, size)),
+        take_rows(k, index).unflatten(1, (tiles, reach)),
+        take_rows(v, index).unflatten(1, (tiles, reach)),
         allowed,
         tables,
-        shift=window - 1,
+        shift=shift,
         distance=distance,
+        uniform=uniform,
         dropout_p=dropout_p,
     )
-    return take_rows(out.flatten(2, 3), slot)
+    made = made.flatten(1, 2) * share[..., None]
+    if slot is not None:
+        out = take_rows(made, slot)
+    else:
+        index = queries[..., None].expand_as(made)
+        out = made.new_zeros(*q.shape[:2], v.shape[2]).scatter_add(1, index, made)
+    return out.unflatten(0, (batch, heads))
+
+
+def _rows(table: Tensor | None, x: Tensor, size: int, reach: int, shift: int) -> Tensor | None:
+    return None if table is None else block_table(table.to(x), size, reach, shift)
 
 
 def _tiles(bucket: Tensor, size: int, buckets: int) -> tuple[Tensor, Tensor]:
     """Deal queries into tiles of ``size``, each of one bucket.
 
     Returns:
-        The place (B, H, N) of each query among all places of all tiles, and the bucket (B, H, T)
+        The place (G, N) of each query among all places of all tiles, and the bucket (G, T)
         of each tile. T does not depend on the data: every bucket may leave one tile unfilled.
     """
     length = bucket.shape[-1]
     tiles = buckets + length // size
     order = bucket.argsort(dim=-1, stable=True)
-    numbers = torch.arange(buckets, device=bucket.device).expand(*bucket.shape[:2], buckets)
+    numbers = torch.arange(buckets, device=bucket.device).expand(len(bucket), buckets)
     ordered = bucket.gather(-1, order)
-    first = torch.searchsorted(ordered, numbers.contiguous())  # (B, H, buckets)
+    first = torch.searchsorted(ordered, numbers.contiguous())  # (G, buckets)
     last = torch.searchsorted(ordered, numbers.contiguous(), right=True)
     used = (last - first + size - 1) // size
     ends = used.cumsum(-1)
     rank = torch.arange(length, device=bucket.device) - first.gather(-1, ordered)
     place = (ends - used).gather(-1, ordered) * size + rank
     slot = torch.zeros_like(place).scatter(-1, order, place)
-    tile = torch.arange(tiles, device=bucket.device).expand(*bucket.shape[:2], tiles)
+    tile = torch.arange(tiles, device=bucket.device).expand(len(bucket), tiles)
     owner = torch.searchsorted(ends, tile.contiguous(), right=True).clamp_max(buckets - 1)
     return slot, owner

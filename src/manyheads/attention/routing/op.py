@@ -210,8 +210,9 @@ def strict(
             window=window,
             is_shared=is_shared and state is None,
             tables=tables,
+            eps=eps,
             dropout_p=dropout_p,
-        ) / (1 + eps)
+        )
     if mask is not None:
         out = out.masked_fill(~mask[:, None, :, None], 0)
     return out.to(query.dtype), k, theirs, v
