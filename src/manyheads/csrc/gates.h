@@ -17,11 +17,11 @@ static inline void store_some(float *to, Floats v, int count) {
   }
 }
 
-// 2^x to about 1e-7 of itself for x between -126 and 127, and what these give beyond. For decays,
-// whose exponents are below 0 and of which what is less than 1e-38 of a state is nothing.
+// 2^x to about 1e-7 of itself for x up to 127, and what 127 gives beyond; 0 below -126; NaN stays
+// NaN. For decays, whose exponents are below 0.
 static inline Floats exp2_within(Floats x) {
   const float kMagic = 12582912.0f;  // 1.5 * 2^23
-  x = x < -126.0f ? splat(-126.0f) : x;
+  const Ints gone = x < -126.0f;
   x = x > 127.0f ? splat(127.0f) : x;
   const Floats shifted = x + kMagic;  // its low bits hold the whole part
   const Floats f = x - (shifted - kMagic);
@@ -31,7 +31,7 @@ static inline Floats exp2_within(Floats x) {
   p = p * f + 2.4022650696e-1f;
   p = p * f + 6.9314718056e-1f;
   p = p * f + 1.0f;
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+  return (Floats)(((Ints)p + ((Ints)shifted << 23)) & ~gone);
 }
 
 constexpr float kLog2E = 1.44269504f;

@@ -132,7 +132,7 @@ def scan_backward(
 
     Args:
         x: inputs of the forward.
-        borders: (n, B, H, D, V).
+        borders: (n, B, H, D, V), or more.
         grad_out: (B, H, N, V).
         carried: the gradient of the last memory, (B, H, D, V).
         grads: written to: those of query, key, value, delta and gate.
@@ -145,13 +145,13 @@ def scan_backward(
     grad_a = torch.zeros_like(borders[0])
     grad_skip, grad_bias = (grad_a.new_zeros(grad_out[:, :, 0].shape) for _ in range(2))
     buffers = _buffers(x, chunk_size, 3)
-    for chunk in reversed(range(borders.shape[0])):
-        start = chunk * chunk_size
+    for start in reversed(range(0, length, chunk_size)):
+        first = borders[start // chunk_size]
         stop = min(start + chunk_size, length)
         c = _chunk(x, start, stop)
         q, k, v, steps = c.query, c.key, c.value, c.steps
         dy = grad_out[:, :, start:stop].permute(2, 0, 1, 3).contiguous()
-        decay, states = _states(c, x.a, borders[chunk], buffers)
+        decay, states = _states(c, x.a, first, buffers)
         dgate = None
         if c.gate is not None:
             opened = c.gate.sigmoid()
@@ -169,7 +169,7 @@ def scan_backward(
         e = g.mul_(decay)
         carried = e[0].clone()
         e[1:].mul_(states[:-1])
-        e[0].mul_(borders[chunk])
+        e[0].mul_(first)
         draw = torch.addcmul(torch.mul(e, x.a, out=decay).sum(-2), dscaled, v)
         grad_a += torch.mul(e, steps[..., None, :], out=states).sum(0)
         if x.softplus:

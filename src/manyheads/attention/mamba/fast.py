@@ -61,6 +61,15 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _borders(query: Tensor, memory: Tensor, chunk_size: int, keep: bool) -> Tensor:
+    """Room for the memory before each chunk, (n + 1, B, H, D, V); for none without ``keep``.
+
+    It is one too many: whether there is one chunk or more is nothing a traced graph has to know.
+    """
+    chunks = -(-query.shape[2] // chunk_size)
+    return query.new_empty(chunks + 1 if keep else 0, *memory.shape)
+
+
 def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(s for t in tensors for s in ((0, 0, 0) if t is None else t.stride()[:3]))
 
@@ -79,8 +88,10 @@ def _kernel_inputs(
     fixed = [None if t is None else t.contiguous() for t in (x.a, x.skip, x.bias, x.mask)]
     batch, heads, length, states = x.query.shape
     channels = x.value.shape[3]
-    sizes = (batch, heads, length, states, channels, chunk_size, _slices(batch, heads, channels),
-             int(x.softplus), torch.get_num_threads())  # fmt: skip
+    sizes = (
+        batch, heads, length, states, channels, min(chunk_size, length),
+        _slices(batch, heads, channels), int(x.softplus), torch.get_num_threads(),
+    )  # fmt: skip
     return moving, fixed, sizes
 
 
@@ -114,7 +125,8 @@ def _native_backward(
               for _ in range(2)] if slices > 1 else list(grads[:2])  # fmt: skip
     grad_a = torch.zeros_like(carry)
     grad_skip, grad_bias = (grad_a.new_zeros(batch, heads, sizes[4]) for _ in range(2))
-    own = 16 * (states * (4 * chunk_size + 4) + 2 * chunk_size)
+    longest = min(chunk_size, length)
+    own = 16 * (states * (4 * longest + 4) + 2 * longest)
     scratch = x.query.new_empty(threads * own)
     outputs = (*(t if slices == 1 else t[0] for t in shared), *grads[2:])
     lib("scan_backward", *map(strided, moving), *fixed, borders, strided(rows), carry,
@@ -147,23 +159,23 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = ScanInputs(query, key, value, delta, a.contiguous(), skip, gate, bias, mask, softplus)
     out = _by_token(query, value.shape[3])
-    chunks = -(-query.shape[2] // chunk_size) if keep else 0
-    borders = query.new_empty(chunks, *memory.shape)
+    borders = _borders(query, memory, chunk_size, keep)
     lib = library("scan", like=query) if kernel else None
     at = borders if keep else None
     if lib is None:
         final = scan_forward(x, memory.contiguous(), out, at, chunk_size)
     else:
         final = _native_forward(lib, x, memory, out, at, chunk_size)
+    if keep:
+        borders[-1] = 0
     return out, final, borders
 
 
 @_forward_op.register_fake
 def _(query, key, value, delta, a, memory, *rest):  # type: ignore[no-untyped-def]
     chunk_size, _, keep = rest[-3:]
-    chunks = -(-query.shape[2] // chunk_size) if keep else 0
     final = torch.empty_like(memory, memory_format=torch.contiguous_format)
-    return _by_token(query, value.shape[3]), final, query.new_empty(chunks, *memory.shape)
+    return _by_token(query, value.shape[3]), final, _borders(query, memory, chunk_size, keep)
 
 
 @torch.library.custom_op("manyheads::mamba_scan_backward", mutates_args=())

@@ -158,7 +158,7 @@ def mamba_update(
     else:
         out, memory = mamba_scan(
             q, k, x, d, rates, memory, skip=skip, gate=z, bias=bias, mask=mask,
-            softplus=delta_softplus, chunk_size=min(chunk_size, length),
+            softplus=delta_softplus, chunk_size=chunk_size,
             kernel=implementation != "chunked",
         )  # fmt: skip
     return out.to(query.dtype), MambaState(memory)

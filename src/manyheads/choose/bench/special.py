@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.choose.bench.grid import DIRECTIONS, bench_shape, is_linear
+from manyheads.choose.bench.mamba import measure_mamba
 from manyheads.choose.bench.sparse import sla_against_softmax
 from manyheads.choose.cost import Subject, TensorPool, bind, draw_inputs
 from manyheads.choose.growth import fit_exponent
@@ -32,6 +33,7 @@ def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, 
         "urpe_against_bias": _urpe_bias,
         "urpe_inference_memory": _urpe_memory,
         "sla_against_softmax": sla_against_softmax,
+        "mamba_against_transformers": measure_mamba,
         # Last: it changes the process for good.
         "memory_kept": _memory_kept,
     }

@@ -145,6 +145,38 @@ def _sla(what: str) -> Callable[[Summary, dict[str, Any]], float | None]:
     return measure
 
 
+def _mamba(part: str, what: str, figure: str) -> Callable[[Summary, dict[str, Any]], float | None]:
+    def measure(_: Summary, special: dict[str, Any]) -> float | None:
+        found = special.get("mamba_against_transformers", {})
+        full = found.get("lengths", {}).get("forward") == 2048
+        return found[part][what][figure] if full and part in found else None
+
+    return measure
+
+
+def _mamba_step(_: Summary, special: dict[str, Any]) -> float | None:
+    found = special.get("mamba_against_transformers", {})
+    full = found.get("lengths", {}).get("forward") == 2048
+    return found["step"]["over_products"] if full else None
+
+
+_MAMBA = tuple(
+    Target(
+        what=f"mamba, {part}, {words}: times {better} transformers' loop",
+        bound=bound,
+        at_least=True,
+        unit="x",
+        measure=_mamba(part, what, figure),
+    )
+    for part in ("scan", "mixer")
+    for what, words in (("forward", "forward at 2,048"), ("train", "with backward at 256"))
+    for figure, better, bound in (
+        ("times_faster", "as fast as", 8),
+        ("times_less_memory", "less memory than", 10),
+    )
+)
+
+
 TARGETS = (
     _faster("gla", "causal", 6),
     _crosses("gla", "causal", 1024),
@@ -207,6 +239,14 @@ TARGETS = (
         at_least=False,
         unit="x",
         measure=_sla("memory"),
+    ),
+    *_MAMBA,
+    Target(
+        what="mamba: a token of the block over its matrix products alone",
+        bound=2,
+        at_least=False,
+        unit="x",
+        measure=_mamba_step,
     ),
     *(make(name, way) for name, way in _LINEAR for make in (_exponent, _exponent_kept)),
 )

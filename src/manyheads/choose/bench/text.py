@@ -107,6 +107,8 @@ def _special(special: dict[str, Any]) -> str:
             f"{show_bytes(sla['largest_tensor_bytes'])} (one square: "
             f"{show_bytes(sla['square_bytes'])})"
         )
+    if mamba := special.get("mamba_against_transformers"):
+        lines.append(_mamba(mamba))
     if (kept := special.get("memory_kept", {})).get("rows"):
         head = ["memory kept", *(f"{n:,}" for n in kept["lengths"]), "exponent"]
         grown = [
@@ -123,6 +125,27 @@ def _special(special: dict[str, Any]) -> str:
             + text_table(head, grown)
         )
     return "\n\n".join(lines)
+
+
+def _mamba(found: dict[str, Any]) -> str:
+    step = found["step"]
+    seconds = [show_seconds(step["seconds"][n]["median"]) for n in ("step", "products")]
+    lines = [
+        f"mamba, a token of the block: {seconds[0]}, of which matrix products {seconds[1]} "
+        f"({step['over_products']:.2f}x)"
+    ]
+    rows = []
+    for part in ("scan", "mixer"):
+        for what, length in found["lengths"].items():
+            if part not in found:
+                continue
+            f = found[part][what]
+            times = [show_seconds(f["seconds"][n]["median"]) for n in ("ours", "theirs")]
+            peaks = [show_bytes(f["peak_bytes"][n]) for n in ("ours", "theirs")]
+            rows.append((f"{part}, {what} at {length:,}", *times, f"{f['times_faster']:.1f}x",
+                         *peaks, f"{f['times_less_memory']:.1f}x"))  # fmt: skip
+    head = ("mamba and transformers' loop", "ours", "theirs", "faster", "memory", "theirs", "less")
+    return "\n".join([*lines, text_table(head, rows)]) if rows else lines[0]
 
 
 def _targets(targets: list[dict[str, Any]]) -> str:
