@@ -5,7 +5,15 @@ one shared library; PyTorch forms do the same work wherever a library cannot be 
 """
 
 from manyheads.native.build import build, cache_folder, families
-from manyheads.native.library import Library, disabled, library, pointer, status
+from manyheads.native.library import (
+    Library,
+    disabled,
+    library,
+    pointer,
+    require,
+    status,
+    strided,
+)
 
 __all__ = [
     "Library",
@@ -15,5 +23,7 @@ __all__ = [
     "families",
     "library",
     "pointer",
+    "require",
     "status",
+    "strided",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manyheads.native.build import BuildError, build, families, library_path
 
-__all__ = ["Library", "disabled", "library", "pointer", "status"]
+__all__ = ["Library", "disabled", "library", "pointer", "require", "status", "strided"]
 
 _log = logging.getLogger("manyheads")
 _loaded: dict[str, Library | None] = {}
@@ -24,14 +24,16 @@ _off = 0
 class Library:
     """The functions of one family; each returns nothing and takes pointers, integers and floats.
 
-    Pointers are passed as :func:`pointer` gives them, integers as int64, floats as float32.
+    Pointers are passed as :func:`pointer` gives them, integers as int64, floats as float32, a
+    tuple of integers as a pointer to int64.
     """
 
     def __init__(self, path: str) -> None:
         self._handle = ctypes.CDLL(path)
 
     def __call__(self, function: str, *arguments: Any) -> None:
-        """Call ``function`` with tensors (contiguous, on the CPU), None, integers and floats."""
+        """Call ``function`` with tensors (contiguous, on the CPU; or what :func:`pointer` and
+        :func:`strided` return), None, integers, floats and tuples of integers."""
         getattr(self._handle, function)(*(_as_c(a) for a in arguments))
 
 
@@ -40,6 +42,10 @@ def _as_c(value: Any) -> Any:
         return pointer(value)
     if isinstance(value, bool | int):
         return ctypes.c_int64(value)
+    if isinstance(value, ctypes.c_void_p):
+        return value
+    if isinstance(value, tuple):
+        return (ctypes.c_int64 * len(value))(*value)
     return ctypes.c_float(value)
 
 
@@ -57,6 +63,37 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
             f"{tensor.stride()} on {tensor.device}: use .contiguous()"
         )
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def strided(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Return the address of a tensor's first number, whatever its strides: for a kernel that is
+    told them. A null pointer for None.
+
+    Raises:
+        ValueError: the tensor is not on the CPU.
+    """
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a kernel reads tensors on the CPU, got one on {tensor.device}")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def require(family: str, *, like: Tensor) -> None:
+    """Make sure that a family's kernels can work on a tensor.
+
+    Raises:
+        RuntimeError: they cannot; says why and what to do.
+    """
+    if like.device.type != "cpu" or like.dtype != torch.float32:
+        raise RuntimeError(
+            f"the kernels work in float32 on the CPU, not in {like.dtype} on {like.device}: "
+            'use implementation="auto"'
+        )
+    if _off:
+        raise RuntimeError("the kernels are switched off here by manyheads.native.disabled()")
+    if library(family) is None:
+        raise RuntimeError(f"the kernels of {family!r} cannot be had: {_reason}")
 
 
 def library(family: str, *, like: Tensor | None = None) -> Library | None:
