@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from manyheads.attention.lean.native import can_run, padded_pages
 from manyheads.attention.lean.plan import plan
 from manyheads.attention.lean.run import (
     causal_limits,
@@ -34,12 +35,16 @@ def lean_op(
     tile: int,
     order: str,
     query_tile: int,
+    native: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attend with gradients; arguments as of the plan, ``workers=0`` for the default number.
 
-    The query is float32 or float64.
+    The query is float32 or float64. ``native``: by the compiled kernel, where it can be had; the
+    gradient is made of operators of torch.
     """
-    return _op(query, key, value, lengths, scale, is_causal, workers, tile, order, query_tile)
+    return _op(
+        query, key, value, lengths, scale, is_causal, workers, tile, order, query_tile, native
+    )
 
 
 @torch.library.custom_op("manyheads::lean", mutates_args=())
@@ -55,6 +60,7 @@ def _op(
     tile: int,
     order: str,
     query_tile: int,
+    native: bool,
 ) -> tuple[Tensor, Tensor]:
     sizes = lengths.tolist()
     workers = workers or default_workers(sizes, heads=key.shape[1], tile=tile)
@@ -62,12 +68,15 @@ def _op(
         sizes, heads=key.shape[1], workers=workers, tile=tile, order=order,  # type: ignore[arg-type]
         queries=query.shape[2], query_tile=query_tile, is_causal=is_causal,
     )  # fmt: skip
-    read = padded_reader(key, value)
-    return run_plan(query, read, sizes, dealt, scale=scale, dim=value.shape[-1])
+    native = native and can_run(query, key, value)
+    return run_plan(
+        query, padded_reader(key, value), sizes, dealt, scale=scale, dim=value.shape[-1],
+        pages=padded_pages(key, value) if native else None,
+    )  # fmt: skip
 
 
 @_op.register_fake
-def _(query, key, value, lengths, scale, is_causal, workers, tile, order, query_tile):  # type: ignore[no-untyped-def]
+def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     return out, query.new_empty(query.shape[:3])
 
@@ -132,7 +141,7 @@ def _(query, key, value, *rest):  # type: ignore[no-untyped-def]
 
 
 def _context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, lengths, ctx.scale, ctx.is_causal, _, ctx.tile, _, ctx.query_tile = inputs
+    query, key, value, lengths, ctx.scale, ctx.is_causal, _, ctx.tile, _, ctx.query_tile, _ = inputs
     ctx.save_for_backward(query, key, value, lengths, *output)
 
 
@@ -142,7 +151,7 @@ def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
         query, key, value, lengths, out, lse, grad_out, grad_lse, ctx.scale, ctx.is_causal,
         ctx.tile, ctx.query_tile,
     )  # fmt: skip
-    return dq, dk, dv, *(None,) * 7
+    return dq, dk, dv, *(None,) * 8
 
 
 _op.register_autograd(_backward, setup_context=_context)

@@ -6,16 +6,26 @@ P pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from manyheads.attention.lean.definition import check_lengths
 from manyheads.attention.lean.merge import Partial
+from manyheads.attention.lean.native import (
+    Pages,
+    can_run,
+    packed_pages,
+    paged_pages,
+    require_native,
+)
 from manyheads.attention.lean.plan import Order, Plan
 from manyheads.attention.lean.run import Reader, padded_reader, run_plan, run_segments, settle
+from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv
 from manyheads.layers.ragged import check_cu_seqlens
 
@@ -34,6 +44,7 @@ def lean_packed(
     tile: int = 256,
     order: Order = "request",
     plan: Plan | None = None,
+    implementation: Literal["auto", "native", "lean"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Lean attention to caches that lie one behind another. Exact; for decoding: no gradients.
 
@@ -42,12 +53,15 @@ def lean_packed(
         key: (T, H_kv, D); value: (T, H_kv, V): the contexts of all requests.
         cu_seqlens: (B + 1) their borders.
         is_causal, scale, workers, tile, order, plan: as in :func:`manyheads.attention.lean`.
+        implementation: "native", the compiled kernel; "lean", operators of torch; or "auto": the
+            kernel where it can be had.
 
     Returns:
         The output (B, H, L, V) and the logarithms of the sums (B, H, L).
 
     Raises:
         ValueError: shapes or borders do not fit, or a gradient is asked for.
+        RuntimeError: "native" cannot be had.
     """
     if key.ndim != 3 or value.shape[:2] != key.shape[:2]:
         raise ValueError(
@@ -62,8 +76,9 @@ def lean_packed(
         return key[span, heads].transpose(0, 1), value[span, heads].transpose(0, 1)
 
     return _decode(
-        query, key, value, read, sizes, heads=key.shape[1], is_causal=is_causal, scale=scale,
-        workers=workers, tile=tile, order=order, dealt=plan,
+        query, key, value, read, sizes, partial(packed_pages, key, value, borders),
+        heads=key.shape[1], is_causal=is_causal, scale=scale, workers=workers, tile=tile,
+        order=order, dealt=plan, implementation=implementation,
     )  # fmt: skip
 
 
@@ -80,6 +95,7 @@ def lean_paged(
     tile: int = 256,
     order: Order = "request",
     plan: Plan | None = None,
+    implementation: Literal["auto", "native", "lean"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Lean attention to caches scattered over pages. Exact; for decoding: no gradients.
 
@@ -91,12 +107,15 @@ def lean_paged(
         lengths: (B,) keys in use.
         is_causal, scale, workers, tile, order, plan: as in :func:`manyheads.attention.lean`; a
             tile may be larger or smaller than a page.
+        implementation: "native", the compiled kernel, which copies no page; "lean", operators of
+            torch; or "auto": the kernel where it can be had.
 
     Returns:
         The output (B, H, L, V) and the logarithms of the sums (B, H, L).
 
     Raises:
         ValueError: shapes do not fit, a page in use is not there, or a gradient is asked for.
+        RuntimeError: "native" cannot be had.
     """
     if key_pages.ndim != 4 or value_pages.shape[:3] != key_pages.shape[:3]:
         raise ValueError(
@@ -132,8 +151,10 @@ def lean_paged(
         return key, value
 
     return _decode(
-        query, key_pages, value_pages, read, sizes, heads=key_pages.shape[1],
+        query, key_pages, value_pages, read, sizes,
+        partial(paged_pages, key_pages, value_pages, page_table), heads=key_pages.shape[1],
         is_causal=is_causal, scale=scale, workers=workers, tile=tile, order=order, dealt=plan,
+        implementation=implementation,
     )  # fmt: skip
 
 
@@ -184,6 +205,7 @@ def _decode(
     value: Tensor,
     read: Reader,
     sizes: Sequence[int],
+    places: Callable[[], Pages],
     *,
     heads: int,
     is_causal: bool,
@@ -192,7 +214,10 @@ def _decode(
     tile: int,
     order: Order,
     dealt: Plan | None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
+    if implementation not in ("auto", "native", "lean"):
+        raise unknown_name("implementation", implementation, ("auto", "native", "lean"))
     if query.ndim != 4 or query.shape[0] != len(sizes):
         raise ValueError(
             f"query has shape {tuple(query.shape)}, expected (batch, heads, length, head_dim) "
@@ -203,6 +228,9 @@ def _decode(
     if query.shape[1] % heads:
         raise ValueError(f"{query.shape[1]} query heads are not a multiple of {heads}")
     _no_gradient(query, key, value)
+    if implementation == "native":
+        require_native(query, key, value)
+    native = implementation != "lean" and can_run(query, key, value)
     is_causal = is_causal and query.shape[2] > 1
     dealt = settle(
         dealt, sizes, heads=heads, queries=query.shape[2], is_causal=is_causal, workers=workers,
@@ -211,7 +239,10 @@ def _decode(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q = query.to(torch.promote_types(query.dtype, torch.float32))
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = run_plan(q, read, sizes, dealt, scale=scale, dim=value.shape[-1])
+        out, lse = run_plan(
+            q, read, sizes, dealt, scale=scale, dim=value.shape[-1],
+            pages=places() if native else None,
+        )  # fmt: skip
     return out.to(query.dtype), lse
 
 

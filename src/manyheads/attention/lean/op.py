@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manyheads.attention.lean.backward import lean_op
 from manyheads.attention.lean.definition import check_lengths
+from manyheads.attention.lean.native import can_run, padded_pages, require_native
 from manyheads.attention.lean.plan import ORDERS, Order, Plan
 from manyheads.attention.lean.run import default_workers, padded_reader, run_plan, settle
 from manyheads.attention.softmax.op import softmax
@@ -22,8 +23,8 @@ from manyheads.layers.ragged import check_mask, compact, map_packed
 
 __all__ = ["IMPLEMENTATIONS", "MANY_QUERIES", "TILE", "Implementation", "lean"]
 
-Implementation = Literal["auto", "lean", "sdpa"]
-IMPLEMENTATIONS = ("auto", "lean", "sdpa")
+Implementation = Literal["auto", "native", "lean", "sdpa"]
+IMPLEMENTATIONS = ("auto", "native", "lean", "sdpa")
 
 MANY_QUERIES = 64  # from more query tokens than this on, blocks of queries fill the cores already
 TILE = 256
@@ -89,10 +90,12 @@ def lean(
         order: of the line of tiles, as in :func:`manyheads.attention.lean.plan`.
         plan: a plan that fits, instead of ``workers``, ``tile`` and ``order``.
         return_lse: also return the logarithms of the sums of e^s, to merge with other parts.
-        implementation: "lean", "sdpa" (torch's own, which deals heads and blocks of queries, not
-            keys), or "auto": "sdpa" where nothing is left to deal: for many queries, little work,
-            one thread, or heads that are an even deal by themselves. A plan, the lse or, for few
-            queries, ``workers`` ask for "lean".
+        implementation: "native" (the compiled kernel: float32 queries on the CPU, or narrower
+            ones), "lean" (the same by operators of torch), "sdpa" (torch's own, which deals heads
+            and blocks of queries, not keys), or "auto": for few queries the kernel where it can
+            be had, else "sdpa" where nothing is left to deal: for many queries, little work, one
+            thread, or heads that are an even deal by themselves. A plan, the lse or, for few
+            queries, ``workers`` ask for a deal.
 
     Returns:
         (B, H, L, V) in the dtype of ``query``; with ``return_lse`` also (B, H, L), float32 at
@@ -100,6 +103,7 @@ def lean(
 
     Raises:
         ValueError: shapes do not fit, arguments exclude each other, a plan for other lengths.
+        RuntimeError: "native" cannot be had.
 
     Example:
         >>> q, k = torch.randn(2, 8, 1, 16), torch.randn(2, 2, 1000, 16)
@@ -131,16 +135,12 @@ def lean(
     if lengths is not None and not compiling:
         lengths = check_lengths(lengths, batch, key.shape[2])
     asked = plan is not None or return_lse
+    if implementation == "native" and not compiling:
+        require_native(query, key, value)
     choice = _choose(
-        query,
-        key,
-        lengths,
-        is_causal,
-        implementation,
-        asked=asked,
-        named=workers is not None,
-        tile=tile,
-    )
+        query, key, value, lengths, is_causal, implementation, asked=asked,
+        named=workers is not None, masked=mask is not None, tile=tile,
+    )  # fmt: skip
     if choice == "sdpa":
         return _sdpa(query, key, value, lengths, is_causal=is_causal, scale=scale, mask=mask)
     late = None
@@ -155,7 +155,7 @@ def lean(
         lengths = torch.full((batch,), key.shape[2], device=query.device)
     out, lse = _dealt(
         query, key, value, lengths, is_causal=is_causal and length > 1, scale=scale,
-        workers=workers, tile=tile, order=order, dealt=plan,
+        workers=workers, tile=tile, order=order, dealt=plan, native=choice == "native",
     )  # fmt: skip
     if late is not None and mask is not None:
         out = late.scatter(out, dim=2).masked_fill(~mask[:, None, :, None], 0)
@@ -166,14 +166,16 @@ def lean(
 def _choose(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     lengths: Tensor | None,
     is_causal: bool,
     implementation: Implementation,
     *,
     asked: bool,
     named: bool,
+    masked: bool,
     tile: int,
-) -> Literal["lean", "sdpa"]:
+) -> Literal["native", "lean", "sdpa"]:
     length, capacity = query.shape[2], key.shape[2]
     fits = not is_causal or length == 1 or (lengths is None and length == capacity)
     if implementation == "sdpa" and (not fits or asked):
@@ -183,14 +185,22 @@ def _choose(
         )
     if implementation != "auto":
         return implementation
+    # A mask asks for copies of the caches, a gradient for a pass that torch's own does better.
+    plain = not masked and not _recorded(query, key, value)
+    if torch.compiler.is_compiling():
+        # Neither threads nor lengths are known yet; the operator finds out whether the kernel
+        # can be had when it runs.
+        few = length <= MANY_QUERIES and query.device.type == "cpu"
+        if asked or not fits or lengths is not None:
+            return "native"
+        return "native" if few and plain and query.dtype == torch.float32 else "sdpa"
+    native = can_run(query, key, value)
     if asked or not fits:
-        return "lean"
+        return "native" if native else "lean"
     if length > MANY_QUERIES:
         return "sdpa"
-    if named:
-        return "lean"
-    if torch.compiler.is_compiling():  # neither threads nor lengths are known yet
-        return "sdpa" if lengths is None else "lean"
+    if named or (native and plain):
+        return "native" if native else "lean"
     sizes = [capacity] * len(key) if lengths is None else lengths.tolist()
     workers = default_workers(sizes, heads=key.shape[1], tile=tile)
     # Heads are an even deal by themselves if their number is a multiple of the workers'.
@@ -241,28 +251,34 @@ def _dealt(
     tile: int,
     order: Order,
     dealt: Plan | None,
+    native: bool,
 ) -> tuple[Tensor, Tensor]:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q = query.to(torch.promote_types(query.dtype, torch.float32))
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     if torch.compiler.is_compiling():
         out, lse = lean_op(
-            q, key, value, lengths, scale, is_causal, workers or 0, tile, order, MANY_QUERIES
-        )
+            q, key, value, lengths, scale, is_causal, workers or 0, tile, order, MANY_QUERIES,
+            native,
+        )  # fmt: skip
         return out.to(query.dtype), lse
     sizes = lengths.tolist()
     dealt = settle(
         dealt, sizes, heads=key.shape[1], queries=query.shape[2], is_causal=is_causal,
         workers=workers, tile=tile, order=order,
     )  # fmt: skip
-    if recorded:
+    if _recorded(query, key, value):
         out, lse = lean_op(
             q, key, value, lengths, scale, is_causal, dealt.workers or 1, dealt.tile, dealt.order,
-            dealt.query_tile,
+            dealt.query_tile, native,
         )  # fmt: skip
     else:
         with torch.autocast(q.device.type, enabled=False):
             out, lse = run_plan(
-                q, padded_reader(key, value), sizes, dealt, scale=scale, dim=value.shape[-1]
-            )
+                q, padded_reader(key, value), sizes, dealt, scale=scale, dim=value.shape[-1],
+                pages=padded_pages(key, value) if native else None,
+            )  # fmt: skip
     return out.to(query.dtype), lse
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from manyheads.attention.lean.merge import Partial, empty_partial, merge_partials
+from manyheads.attention.lean.native import Pages, run_native
 from manyheads.attention.lean.plan import Order, Plan, Run, Segment, plan
 from manyheads.attention.lean.schedule import ceil_div
 
@@ -82,7 +83,14 @@ def default_workers(sizes: Sequence[int], *, heads: int, tile: int) -> int:
 
 
 def run_plan(
-    query: Tensor, read: Reader, lengths: Sequence[int], dealt: Plan, *, scale: float, dim: int
+    query: Tensor,
+    read: Reader,
+    lengths: Sequence[int],
+    dealt: Plan,
+    *,
+    scale: float,
+    dim: int,
+    pages: Pages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend as planned.
 
@@ -93,10 +101,13 @@ def run_plan(
         dealt: the plan.
         scale: factor on the scores.
         dim: V.
+        pages: where the caches lie: the compiled kernel reads them there, instead of ``read``.
 
     Returns:
         (B, H, L, V) and the logarithms of the sums (B, H, L), in the dtype of ``query``.
     """
+    if pages is not None:
+        return run_native(query, pages, lengths, dealt, scale=scale)
     batch, heads, length, _ = query.shape
     group = heads // dealt.heads
     parts = _run(query, read, lengths, dealt, scale=scale, dim=dim, fused=True)
