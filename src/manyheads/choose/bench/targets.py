@@ -133,6 +133,79 @@ def _urpe_memory(_: Summary, special: dict[str, Any]) -> float | None:
     return max(r["peak_bytes"] / r["square_bytes"] for r in rows)
 
 
+def _long(form: str, words: str, faster: float, exponent: float) -> tuple[Target, Target]:
+    def measure(figure: str) -> Callable[[Summary, dict[str, Any]], float | None]:
+        def find(_: Summary, special: dict[str, Any]) -> float | None:
+            rows = special.get("long_sequences", ())
+            return next(
+                (r[figure] for r in rows if (r["form"], r["length"]) == (form, 16384)), None
+            )
+
+        return find
+
+    return (
+        Target(
+            what=f"{words}, forward and backward at 16,384: times as fast as SDPA",
+            bound=faster,
+            at_least=True,
+            unit="x",
+            measure=measure("times_faster"),
+        ),
+        Target(
+            what=f"{words}: exponent of time in length, 4k to 32k",
+            bound=exponent,
+            at_least=False,
+            unit="",
+            measure=measure("exponent"),
+        ),
+    )
+
+
+def _landmark_decode(_: Summary, special: dict[str, Any]) -> float | None:
+    found = special.get("landmark_decode", {})
+    return found["times_faster"] if found.get("cached") == 65536 else None
+
+
+def _landmark_training(_: Summary, special: dict[str, Any]) -> float | None:
+    found = special.get("landmark_training", {})
+    return found["ratio"] if found.get("length") == 4096 else None
+
+
+def _decode(
+    name: str, figure: str, words: str, bound: float, *, batch: int, at_least: bool
+) -> Target:
+    def measure(_: Summary, special: dict[str, Any]) -> float | None:
+        rows = (r for r in special.get("model_decode", ()) if r["contexts"][1] == 8192)
+        found = (r[figure] for r in rows if (r["mechanism"], r["batch"]) == (name, batch))
+        return next(found, None)
+
+    return Target(
+        what=f"{name}, a token of 12 layers behind 8,192, batch {batch}: {words}",
+        bound=bound,
+        at_least=at_least,
+        unit="x",
+        measure=measure,
+    )
+
+
+_THAN_CACHE = "times as fast as softmax with a cache"
+_CONTEXT = "time over that behind 1,024"
+_DECODE = (
+    *(
+        _decode(name, "times_faster", _THAN_CACHE, 5, batch=batch, at_least=True)
+        for name in ("gla", "mamba", "aaren")
+        for batch in (1, 4)
+    ),
+    *(
+        _decode("lean", "times_faster", _THAN_CACHE, 2, batch=batch, at_least=True)
+        for batch in (1, 4)
+    ),
+    *(
+        _decode(name, "context_ratio", _CONTEXT, 1.3, batch=1, at_least=False)
+        for name in ("gla", "mamba", "aaren")
+    ),
+)
+
 TARGETS = (
     _faster("gla", "causal", 6),
     _crosses("gla", "causal", 1024),
@@ -179,6 +252,24 @@ TARGETS = (
         unit="x",
         measure=_urpe_memory,
     ),
+    *_long("routing strict", "routing, strict, causal, clusters and window sqrt(N)", 8, 1.6),
+    *_long("routing top", "routing, top, causal, clusters and window sqrt(N)", 8, 1.6),
+    *_long("orchid", "orchid, 256 channels", 20, 1.2),
+    Target(
+        what="landmark, a token that fetches 4 blocks of 50 of 65,536: times as fast as SDPA",
+        bound=10,
+        at_least=True,
+        unit="x",
+        measure=_landmark_decode,
+    ),
+    Target(
+        what="landmark, forward and backward at 4,096: time over causal SDPA",
+        bound=2.5,
+        at_least=False,
+        unit="x",
+        measure=_landmark_training,
+    ),
+    *_DECODE,
     *(make(name, way) for name, way in _LINEAR for make in (_exponent, _exponent_kept)),
 )
 
