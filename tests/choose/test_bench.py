@@ -8,8 +8,9 @@ import os
 import socket
 
 import pytest
+import torch
 
-from manyheads.choose.bench import grid, special
+from manyheads.choose.bench import decode, grid, sequence, special
 from manyheads.choose.bench.grid import SDPA, is_linear, summarise
 from manyheads.choose.bench.targets import TARGETS, judge
 from manyheads.choose.bench.text import bench_text
@@ -179,3 +180,74 @@ def test_text_says_never_and_not_measured() -> None:
     assert "never" in text
     assert "MISSED" in text
     assert "not measured" in text
+
+
+def test_long_sequences_are_judged_at_their_own_length() -> None:
+    row = {"form": "routing top", "length": 16384, "times_faster": 9.0, "exponent": 1.7}
+    words = "routing, top, causal, clusters and window sqrt(N)"
+    faster = f"{words}, forward and backward at 16,384: times as fast as SDPA"
+    found = verdicts([], {"long_sequences": [row]})
+    assert (found[faster]["measured"], found[faster]["met"]) == (9.0, True)
+    assert found[f"{words}: exponent of time in length, 4k to 32k"]["met"] is False
+    assert verdicts([], {"long_sequences": [row | {"length": 256}]})[faster]["met"] is None
+    orchid = "orchid, 256 channels, forward and backward at 16,384: times as fast as SDPA"
+    assert found[orchid]["met"] is None
+
+
+def test_landmark_and_decoding_are_judged_in_a_full_run_alone() -> None:
+    made_up = {
+        "landmark_decode": {"cached": 65536, "times_faster": 9.0},
+        "landmark_training": {"length": 4096, "ratio": 1.5},
+        "model_decode": [
+            {"mechanism": "gla", "batch": 4, "contexts": [1024, 8192], "times_faster": 6.0},
+            {"mechanism": "aaren", "batch": 1, "contexts": [1024, 8192], "times_faster": 4.0,
+             "context_ratio": 1.4},
+        ],
+    }  # fmt: skip
+    found = {w: v["met"] for w, v in verdicts([], made_up).items() if v["met"] is not None}
+    assert found == {
+        "landmark, a token that fetches 4 blocks of 50 of 65,536: times as fast as SDPA": False,
+        "landmark, forward and backward at 4,096: time over causal SDPA": True,
+        "gla, a token of 12 layers behind 8,192, batch 4: times as fast as softmax with a cache":
+            True,
+        "aaren, a token of 12 layers behind 8,192, batch 1: times as fast as softmax with a cache":
+            False,
+        "aaren, a token of 12 layers behind 8,192, batch 1: time over that behind 1,024": False,
+    }  # fmt: skip
+    made_up["model_decode"] = [{"mechanism": "gla", "batch": 4, "contexts": [16, 64]}]
+    made_up["landmark_decode"]["cached"] = 1024
+    made_up["landmark_training"]["length"] = 256
+    assert not [w for w, v in verdicts([], made_up).items() if v["met"] is not None]
+
+
+def test_quick_forms_of_long_sequences_and_decoding() -> None:
+    rows_ = sequence.long_sequences(quick=True, seed=0)
+    assert [r["form"] for r in rows_] == ["routing strict", "routing top", "orchid"]
+    assert all(len(r["grown_seconds"]) == len(r["lengths"]) for r in rows_)
+    rows_ = decode.model_decode(quick=True, seed=0)
+    assert {(r["mechanism"], r["batch"]) for r in rows_} == {
+        (n, b) for n in ("gla", "mamba", "aaren", "lean") for b in (1, 2)
+    }
+    for row in rows_:
+        few, many = (row["state_bytes"][k] for k in ("few", "many"))
+        assert (few < many) == (row["mechanism"] == "lean")
+        assert (row["read_ratio"] == 1) == (row["mechanism"] == "lean")
+
+
+def test_a_decoding_state_is_that_of_its_context() -> None:
+    model = decode._model("softmax", decode._QUICK)
+    with torch.inference_mode():
+        state = decode._state(model, 2, 64)
+    assert state.position.tolist() == [64, 64]
+    for layer in state.layers:
+        assert layer.cache.length.tolist() == [64, 64]
+        assert layer.cache.key.shape[2] > 64
+    first, second = (s.cache.key.data_ptr() for s in state.layers)
+    assert first != second
+
+
+def test_the_memory_of_the_landmark_benchmark_stays_as_it_is() -> None:
+    found = sequence.landmark_decode(quick=True, seed=0)
+    assert found["cached"] == 1024
+    assert found["times_faster"] > 0
+    assert sequence.landmark_training(quick=True, seed=0)["ratio"] > 0

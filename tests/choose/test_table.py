@@ -68,7 +68,7 @@ def test_lengths(results) -> None:
     assert lines[-1].split() == ["64", "~2.00", "ms", "1.00", "ms"]
 
 
-def test_what_is_missing_is_said_once_a_mixer(results) -> None:
+def test_what_is_missing_is_said_once(results) -> None:
     units = [
         Unit(key=f"cost/train/gla/{n}", status="predicted", reason=f"takes {n} s", cause="time")
         for n in (32, 64, 128)
@@ -78,8 +78,15 @@ def test_what_is_missing_is_said_once_a_mixer(results) -> None:
         Unit(key="quality/copy/gla", status="failed", reason="no luck"),
         Unit(key="cost/decode/gla/64", status="predicted", reason="needs 5 GB", cause="memory"),
     )
+    results.put(
+        *(
+            Unit(key=f"cost/train/{n}/256", status="skipped", reason="no time", cause="budget")
+            for n in ("softmax", "flow")
+        )
+    )
     text = answer_text(results)
     assert text.startswith("Recommended: softmax\nIt is the fastest.")
+    assert "- softmax, flow, forward and backward at 256 (no time)" in text
     assert "- gla is smaller." in text
     assert "- gla, forward and backward at 32 to 128 (the last: takes 128 s)" in text
     assert "- gla, one more token at 64 (needs 5 GB)" in text

@@ -72,6 +72,12 @@ def test_the_ladder_ends_at_the_length(length) -> None:
     assert all(a <= b / 2 + 1 for a, b in pairwise(ladder))
 
 
+def test_long_ladders_begin_where_predictions_hold() -> None:
+    """From 256 to 131,072 is too far: what is predicted there starts from 1,024."""
+    assert Workload(length=131_072).ladder[0] == 1024
+    assert Workload(length=8192).ladder[0] <= 256
+
+
 def test_given_lengths_are_kept_and_long_ones_get_a_short_one() -> None:
     assert Workload(length=100, lengths=(30, 60)).ladder == (30, 60, 100)
     assert Workload(length=8192, lengths=(4096,)).ladder == (512, 4096, 8192)

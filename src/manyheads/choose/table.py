@@ -185,22 +185,22 @@ _WORDS = {"train": "forward and backward", "decode": "one more token"}
 
 
 def gaps(results: Results) -> list[str]:
-    """Say what was not measured: a line for each mixer and cause, the reason of the last unit."""
+    """Say what was not measured: a line for each cause, the reason of the last unit."""
     groups: dict[tuple[str, str], list[Unit]] = {}
     for unit in results.skipped:
         mixer = unit.key.split("/")[2]
         groups.setdefault((mixer, unit.cause or unit.reason or ""), []).append(unit)
-    lines = []
+    mixers: dict[str, list[str]] = {}  # what is said of them alike
     for (mixer, _), units in groups.items():
         places: dict[str, list[str]] = {}
         for unit in units:
             kind, what, _, *rest = unit.key.split("/")
             name = _WORDS.get(what, what)
             places.setdefault(name if kind == "cost" else f"quality, {name}", []).extend(rest)
-        what = "; ".join(_at(name, lengths) for name, lengths in places.items())
+        what = "; ".join(_at(name, lengths) for name, lengths in sorted(places.items()))
         last = f"{units[-1].reason}" if len(units) == 1 else f"the last: {units[-1].reason}"
-        lines.append(f"{mixer}, {what} ({last})")
-    return lines
+        mixers.setdefault(f"{what} ({last})", []).append(mixer)
+    return [f"{', '.join(names)}, {text}" for text, names in mixers.items()]
 
 
 def _at(name: str, lengths: list[str]) -> str:

@@ -39,7 +39,7 @@ PROBES = ("recall", "copy", "listops")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # More text than a run of a few minutes can read; it bounds the time to load and hash it.
 _TEXT_BYTES = 16 << 20
-_SHORTEST_RUNG, _MOST_RUNGS = 128, 10
+_SHORTEST_RUNG, _MOST_RUNGS = 128, 8
 # Where only long sequences are asked for, one short one comes first: predictions start from it.
 _PILOT = 512
 

@@ -108,10 +108,12 @@ def _flops(s: Shape) -> int:
 
 
 def _memory_numbers(s: Shape) -> int:
+    """Rows of all heads and where they stand, the tiles of one head, and some scores."""
     tiles, queries, keys = _pairs(s)
     rows = s.length * (2 * s.head_dim + s.dv + 2 * _CLUSTERS)
-    tiled = tiles * (queries * keys * 2 + (queries + keys) * (s.head_dim + s.dv))
-    return s.batch * s.heads * (rows + tiled)
+    places = 8 * tiles * queries
+    tiled = 2 * tiles * queries * (s.head_dim + s.dv)
+    return s.batch * s.heads * (rows + places) + tiled + min(1 << 18, 2 * tiles * queries * keys)
 
 
 register_mechanism(

@@ -28,6 +28,7 @@ from manyheads.attention.routing.local import (
 )
 from manyheads.attention.routing.official import layer_entries, with_averages
 from manyheads.attention.routing.op import routing
+from manyheads.attention.routing.relative import RelativeTables, named_tables
 from manyheads.attention.routing.stream import routing_init, routing_update
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, read_weights
@@ -36,25 +37,12 @@ from manyheads.layers.ragged import check_mask
 
 __all__ = ["RoutingAttention", "RoutingLayerState"]
 
-_STD = 0.02
-
 
 class RoutingLayerState(NamedTuple):
     """``routing`` and ``local``; None where the layer has no such heads."""
 
     routing: RoutingState | None
     local: LocalState | None
-
-
-class _Tables(nn.Module):
-    """Relative positions, one vector a distance −R to R, shared by heads: (2R + 1, D) each."""
-
-    def __init__(self, reach: int, dim: int) -> None:
-        super().__init__()
-        self.key = nn.Parameter(torch.empty(2 * reach + 1, dim))
-        self.value = nn.Parameter(torch.empty(2 * reach + 1, dim))
-        for table in (self.key, self.value):
-            nn.init.normal_(table, std=_STD)
 
 
 class RoutingAttention(SequenceMixer):
@@ -93,10 +81,12 @@ class RoutingAttention(SequenceMixer):
         if c.strided_heads:
             self.strided_kmeans = OnlineKMeans(c.strided_heads, c.clusters, dim, **options)
         clustered = c.reach > 0 and c.cluster_relative
-        self.cluster_tables = _Tables(c.reach, dim) if clustered and c.routed else None
-        self.strided_tables = _Tables(c.reach, dim) if clustered and c.strided_heads else None
+        self.cluster_tables = RelativeTables(c.reach, dim) if clustered and c.routed else None
+        self.strided_tables = (
+            RelativeTables(c.reach, dim) if clustered and c.strided_heads else None
+        )
         near = c.reach > 0 and c.local_relative and c.local > 0
-        self.local_tables = _Tables(c.reach, dim) if near else None
+        self.local_tables = RelativeTables(c.reach, dim) if near else None
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -148,7 +138,7 @@ class RoutingAttention(SequenceMixer):
                     mask=mask,
                     cu_seqlens=cu_seqlens,
                     dropout_p=self._dropout,
-                    **_named(self.local_tables),
+                    **named_tables(self.local_tables),
                 )
             )
         return self._finish(torch.cat(outputs, 1)), loss
@@ -159,7 +149,7 @@ class RoutingAttention(SequenceMixer):
         k: Tensor,
         v: Tensor,
         kmeans: OnlineKMeans,
-        tables: _Tables | None,
+        tables: RelativeTables | None,
         strided: bool,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
@@ -197,7 +187,7 @@ class RoutingAttention(SequenceMixer):
             mask=mask,
             cu_seqlens=cu_seqlens,
             dropout_p=self._dropout,
-            **_named(tables),
+            **named_tables(tables),
         )
         if kmeans.training:
             for t in parts:
@@ -241,7 +231,7 @@ class RoutingAttention(SequenceMixer):
                 v[:, :first],
                 self.kmeans.means,
                 mask=mask,
-                **_named(self.cluster_tables),
+                **named_tables(self.cluster_tables),
             )
             outputs.append(out)
         if local is not None:
@@ -261,7 +251,7 @@ class RoutingAttention(SequenceMixer):
                 own if self.config.shares else k[:, :first, 0],
                 v[:, :first, 0],
                 self.kmeans.means,
-                **_named(self.cluster_tables),
+                **named_tables(self.cluster_tables),
             )
             outputs.append(out[:, :, None])
         if local is not None:
@@ -275,7 +265,7 @@ class RoutingAttention(SequenceMixer):
         c = self.config
         return blocked_local_update(
             state, q, k, v, block=c.block, flange=c.margin, mask=mask,
-            **_named(self.local_tables),
+            **named_tables(self.local_tables),
         )  # fmt: skip
 
     def _check_streams(self, batch_size: int) -> None:
@@ -306,9 +296,3 @@ class RoutingAttention(SequenceMixer):
 
     def load_official(self, source: str | PathLike[str] | Mapping[str, Tensor]) -> Self:
         return super().load_official(with_averages(read_weights(source)))
-
-
-def _named(tables: _Tables | None) -> dict[str, Any]:
-    if tables is None:
-        return {}
-    return {"relative_key": tables.key, "relative_value": tables.value}

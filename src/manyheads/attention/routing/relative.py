@@ -7,11 +7,42 @@ into (..., I, J) by views.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["block_table", "gather_by_distance", "skew", "spread_by_distance", "unskew"]
+__all__ = [
+    "RelativeTables",
+    "block_table",
+    "gather_by_distance",
+    "named_tables",
+    "skew",
+    "spread_by_distance",
+    "unskew",
+]
+
+
+_STD = 0.02
+
+
+class RelativeTables(nn.Module):
+    """Relative positions, one vector a distance −R to R, shared by heads: (2R + 1, D) each."""
+
+    def __init__(self, reach: int, dim: int) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(2 * reach + 1, dim))
+        self.value = nn.Parameter(torch.empty(2 * reach + 1, dim))
+        for table in (self.key, self.value):
+            nn.init.normal_(table, std=_STD)
+
+
+def named_tables(tables: RelativeTables | None) -> dict[str, Any]:
+    """Return tables as the arguments of functions, none for None."""
+    if tables is None:
+        return {}
+    return {"relative_key": tables.key, "relative_value": tables.value}
 
 
 def block_table(table: Tensor, queries: int, keys: int, shift: int) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.choose.bench.decode import model_decode
 from manyheads.choose.bench.grid import DIRECTIONS, bench_shape, is_linear
 from manyheads.choose.bench.mamba import measure_mamba
+from manyheads.choose.bench.sequence import landmark_decode, landmark_training, long_sequences
 from manyheads.choose.bench.sparse import sla_against_softmax
 from manyheads.choose.cost import Subject, TensorPool, bind, draw_inputs
 from manyheads.choose.growth import fit_exponent
@@ -25,6 +27,9 @@ from manyheads.registry import get_mechanism, list_mechanisms
 __all__ = ["measure_special"]
 
 
+_OF_SEVERAL = ("streaming", "long_sequences", "model_decode", "memory_kept")
+
+
 def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, Any]:
     """Return the special measurements of the mechanisms that are there, by name."""
     parts: dict[str, Callable[..., Any]] = {
@@ -34,6 +39,10 @@ def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, 
         "urpe_inference_memory": _urpe_memory,
         "sla_against_softmax": sla_against_softmax,
         "mamba_against_transformers": measure_mamba,
+        "landmark_decode": landmark_decode,
+        "landmark_training": landmark_training,
+        "long_sequences": long_sequences,
+        "model_decode": model_decode,
         # Last: it changes the process for good.
         "memory_kept": _memory_kept,
     }
@@ -41,7 +50,7 @@ def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, 
     found = {}
     for index, (name, part) in enumerate(parts.items()):
         mechanism = name.partition("_")[0]
-        if mechanism in there or name in ("streaming", "memory_kept"):
+        if mechanism in there or name in _OF_SEVERAL:
             progress(index / len(parts), name.replace("_", " "))
             found[name] = part(quick=quick, seed=seed)
     return found

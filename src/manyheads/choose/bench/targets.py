@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
+
+from manyheads.choose.bench.target import Summary, Target
+from manyheads.choose.bench.targets_sequence import SEQUENCE_TARGETS
 
 __all__ = ["TARGETS", "Target", "judge"]
 
 _LONGEST = "8192"
-Summary = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """One aim: a figure and its bound.
-
-    Attributes:
-        what: the figure, in words.
-        bound: what it is to be, at least or at most.
-        at_least: which of the two.
-        unit: of the figure, "x" for a ratio.
-        measure: takes summary and special measurements; None: not measured in this run.
-    """
-
-    what: str
-    bound: float
-    at_least: bool
-    unit: str
-    measure: Callable[[Summary, dict[str, Any]], float | None]
 
 
 def _one(summary: Summary, name: str, direction: str, what: str = "train") -> dict[str, Any]:
@@ -133,50 +116,6 @@ def _urpe_memory(_: Summary, special: dict[str, Any]) -> float | None:
     return max(r["peak_bytes"] / r["square_bytes"] for r in rows)
 
 
-def _sla(what: str) -> Callable[[Summary, dict[str, Any]], float | None]:
-    def measure(_: Summary, special: dict[str, Any]) -> float | None:
-        found = special.get("sla_against_softmax", {})
-        if found.get("length") != 32_768:
-            return None
-        if what == "memory":
-            return float(found["largest_tensor_bytes"] / found["square_bytes"])
-        return float(found[what]["times_faster"])
-
-    return measure
-
-
-def _mamba(part: str, what: str, figure: str) -> Callable[[Summary, dict[str, Any]], float | None]:
-    def measure(_: Summary, special: dict[str, Any]) -> float | None:
-        found = special.get("mamba_against_transformers", {})
-        full = found.get("lengths", {}).get("forward") == 2048
-        return found[part][what][figure] if full and part in found else None
-
-    return measure
-
-
-def _mamba_step(_: Summary, special: dict[str, Any]) -> float | None:
-    found = special.get("mamba_against_transformers", {})
-    full = found.get("lengths", {}).get("forward") == 2048
-    return found["step"]["over_products"] if full else None
-
-
-_MAMBA = tuple(
-    Target(
-        what=f"mamba, {part}, {words}: times {better} transformers' loop",
-        bound=bound,
-        at_least=True,
-        unit="x",
-        measure=_mamba(part, what, figure),
-    )
-    for part in ("scan", "mixer")
-    for what, words in (("forward", "forward at 2,048"), ("train", "with backward at 256"))
-    for figure, better, bound in (
-        ("times_faster", "as fast as", 8),
-        ("times_less_memory", "less memory than", 10),
-    )
-)
-
-
 TARGETS = (
     _faster("gla", "causal", 6),
     _crosses("gla", "causal", 1024),
@@ -223,31 +162,7 @@ TARGETS = (
         unit="x",
         measure=_urpe_memory,
     ),
-    *(
-        Target(
-            what=f"sla, 5 % of the blocks, {what} at 32,768, a head of 128: times as fast as SDPA",
-            bound=bound,
-            at_least=True,
-            unit="x",
-            measure=_sla(what),
-        )
-        for what, bound in (("forward", 15.0), ("backward", 6.8))
-    ),
-    Target(
-        what="sla at 32,768, forward and backward: largest tensor over one N x N tensor",
-        bound=1 / 128,
-        at_least=False,
-        unit="x",
-        measure=_sla("memory"),
-    ),
-    *_MAMBA,
-    Target(
-        what="mamba: a token of the block over its matrix products alone",
-        bound=2,
-        at_least=False,
-        unit="x",
-        measure=_mamba_step,
-    ),
+    *SEQUENCE_TARGETS,
     *(make(name, way) for name, way in _LINEAR for make in (_exponent, _exponent_kept)),
 )
 

@@ -109,6 +109,7 @@ def _special(special: dict[str, Any]) -> str:
         )
     if mamba := special.get("mamba_against_transformers"):
         lines.append(_mamba(mamba))
+    lines += _sequences(special)
     if (kept := special.get("memory_kept", {})).get("rows"):
         head = ["memory kept", *(f"{n:,}" for n in kept["lengths"]), "exponent"]
         grown = [
@@ -146,6 +147,52 @@ def _mamba(found: dict[str, Any]) -> str:
                          *peaks, f"{f['times_less_memory']:.1f}x"))  # fmt: skip
     head = ("mamba and transformers' loop", "ours", "theirs", "faster", "memory", "theirs", "less")
     return "\n".join([*lines, text_table(head, rows)]) if rows else lines[0]
+
+
+def _sequences(special: dict[str, Any]) -> list[str]:
+    lines = []
+    if rows := special.get("long_sequences"):
+        head = (f"forward and backward at {rows[0]['length']:,}", "time", "than SDPA", "exponent")
+        table = [
+            (
+                r["form"],
+                show_seconds(r["seconds"][r["form"]]["median"]),
+                f"{r['times_faster']:.2g}x",
+                f"{r['exponent']:.2f}",
+            )
+            for r in rows
+        ]
+        lines.append(text_table(head, table))
+    if found := special.get("landmark_decode"):
+        own, base = (show_seconds(found["seconds"][n]["median"]) for n in ("landmark", "sdpa"))
+        lines.append(
+            f"landmark, a token behind {found['cached']:,}: {own}, SDPA over the cache {base} "
+            f"({found['times_faster']:.2g}x)"
+        )
+    if found := special.get("landmark_training"):
+        lines.append(
+            f"landmark, forward and backward at {found['length']:,}: {found['ratio']:.2f} times "
+            "the time of causal SDPA"
+        )
+    if rows := special.get("model_decode"):
+        few, many = rows[0]["contexts"]
+        names = (f"one more token of {rows[0]['layers']} layers of {rows[0]['width']}", "batch",
+                 f"behind {few:,}", f"behind {many:,}", "ratio", "softmax", "than softmax",
+                 "by what is read")  # fmt: skip
+        table = [
+            (
+                r["mechanism"],
+                str(r["batch"]),
+                *(show_seconds(r["seconds"][n]["median"]) for n in ("few", "many")),
+                f"{r['context_ratio']:.2f}",
+                show_seconds(r["seconds"]["softmax"]["median"]),
+                f"{r['times_faster']:.2g}x",
+                f"{r['read_ratio']:.2g}x",
+            )
+            for r in rows
+        ]
+        lines.append(text_table(names, table))
+    return lines
 
 
 def _targets(targets: list[dict[str, Any]]) -> str:

@@ -227,6 +227,11 @@ def _pg19(**sizes: Any) -> RoutingLMConfig:
     )  # fmt: skip
 
 
+def _pixels(**sizes: Any) -> RoutingLMConfig:
+    """Images as sequences of 256 values, the vocabulary that is assumed; relu, biases."""
+    return _enwik8(**{"vocab_size": 256, "mlp": "relu", "mlp_width": 2048} | sizes)
+
+
 _ONLY_LOCAL = {"routing_heads": 0, "clusters": 1, "window": 1, "skip_first": 0}
 _TABLE = {
     "pg19_local_cluster8k": _pg19(),
@@ -242,6 +247,10 @@ _TABLE = {
     "enwik8_local12k": _enwik8(
         num_layers=22, local_heads=8, block=128, relative=257, attention_dropout=0.4,
         mlp_dropout=0.4, **_ONLY_LOCAL,
+    ),
+    "cifar10_local_cluster": _pixels(clusters=6),
+    "imagenet_local_cluster": _pixels(
+        num_layers=24, local_heads=12, clusters=8, window=2048
     ),
 }  # fmt: skip
 VARIANTS = {f"routing_{name}": (config, (name,)) for name, config in _TABLE.items()}

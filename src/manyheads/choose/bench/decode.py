@@ -1,0 +1,128 @@
+"""One more token of a whole language model: recurrent mechanisms and lean against a cache.
+
+A :class:`MixerLM` of 12 layers, width 768, 12 heads and 256 tokens, float32, one mechanism in all
+layers; softmax keeps its cache and attends with SDPA. What is timed is ``step``.
+
+At batch 1 a token reads every weight once, whatever the mechanism (12 layers of 7 million), which
+bounds the ratio at less than 3 with 8,192 tokens in the cache; rows of a batch share the weights
+and not their caches, so that a batch shows more of the mechanism. Both are measured, beside the
+ratio of what has to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from manyheads.choose.machine import available_memory
+from manyheads.choose.predict import can_hold
+from manyheads.choose.timing import interleaved
+from manyheads.layers.state import clone_state, state_bytes
+from manyheads.models.language.causal import LMState
+from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
+from manyheads.registry import list_mechanisms
+
+__all__ = ["RECURRENT", "model_decode"]
+
+RECURRENT = ("gla", "mamba", "aaren")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sizes:
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    contexts: tuple[int, int] = (1024, 8192)
+    batches: tuple[int, ...] = (1, 4)
+
+
+_QUICK = _Sizes(layers=2, width=32, heads=2, contexts=(16, 384), batches=(1, 2))
+
+
+def model_decode(*, quick: bool, seed: int) -> list[dict[str, Any]]:
+    """Return a row for each mechanism and batch; what memory cannot hold is left out."""
+    sizes = _QUICK if quick else _Sizes()
+    torch.manual_seed(seed)
+    names = [n for n in (*RECURRENT, "lean") if n in list_mechanisms()]
+    found = []
+    with torch.inference_mode():
+        softmax = _model("softmax", sizes)
+        for name in names:
+            model = _model(name, sizes)
+            for batch in sizes.batches:
+                # Two caches at most, each a quarter larger than what it holds, and a copy.
+                cache = 8 * sizes.layers * sizes.width * sum(sizes.contexts) * batch
+                caches = 2.7 if name == "lean" else 1.35
+                if can_hold(int(caches * cache), available_memory()):
+                    found.append(_row(name, model, softmax, batch, sizes, quick=quick))
+    return found
+
+
+def _row(
+    name: str, model: MixerLM, softmax: MixerLM, batch: int, sizes: _Sizes, *, quick: bool
+) -> dict[str, Any]:
+    few, many = sizes.contexts
+    calls, held = {}, {}
+    for label, one, context in (
+        ("few", model, few),
+        ("many", model, many),
+        ("softmax", softmax, many),
+    ):
+        state = _state(one, batch, context)
+        held[label] = sum(state_bytes(s) for s in state.layers)
+        calls[label] = _stepper(one, batch, state)
+    timings = interleaved(calls, repeats=3 if quick else 11, min_sample_seconds=1e-3)
+    if timings.stopped == "interrupt":
+        raise KeyboardInterrupt
+    weights = sum(4 * p.numel() for p in model.parameters())
+    cache = 8 * sizes.layers * sizes.width * many * batch
+    own = cache if name == "lean" else held["many"]
+    return {
+        "mechanism": name,
+        "batch": batch,
+        "layers": sizes.layers,
+        "width": sizes.width,
+        "contexts": list(sizes.contexts),
+        "seconds": {label: t.to_dict() for label, t in timings.items()},
+        "state_bytes": held,
+        "weight_bytes": weights,
+        "times_faster": timings["softmax"].median / timings["many"].median,
+        "read_ratio": (weights + cache) / (weights + own),
+        "context_ratio": timings["many"].median / timings["few"].median,
+    }
+
+
+def _model(name: str, sizes: _Sizes) -> MixerLM:
+    config = MixerLMConfig(
+        embed_dim=sizes.width,
+        num_heads=sizes.heads,
+        num_layers=sizes.layers,
+        mixers=name,
+    )
+    return MixerLM(config).eval()
+
+
+def _state(model: MixerLM, batch: int, context: int) -> LMState:
+    """Return a state that has read ``context`` random tokens: one layer's, copied for all."""
+    block = model.layers[0]
+    state, width = block.mixer.init_state(batch), model.config.embed_dim  # type: ignore[union-attr, operator]
+    # A cache doubles when it is full: five eighths first leave it a quarter of room at the end.
+    for count in (5 * context // 8, context - 5 * context // 8):
+        x = torch.randn(batch, count, width)
+        state = block.mixer.update(x, state)[1]  # type: ignore[union-attr, operator]
+    layers = (state, *(clone_state(state) for _ in range(len(model.layers) - 1)))
+    return LMState(layers, torch.full((batch,), context))
+
+
+def _stepper(model: MixerLM, batch: int, state: LMState) -> Callable[[], None]:
+    token = torch.zeros(batch, dtype=torch.long)
+
+    def call() -> None:
+        nonlocal state
+        with torch.inference_mode():
+            state = model.step(token, state)[1]
+
+    return call
