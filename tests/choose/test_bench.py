@@ -10,6 +10,7 @@ import socket
 import pytest
 
 from manyheads.choose.bench import grid, special
+from manyheads.choose.bench import lean as lean_bench
 from manyheads.choose.bench.grid import SDPA, is_linear, summarise
 from manyheads.choose.bench.targets import TARGETS, judge
 from manyheads.choose.bench.text import bench_text
@@ -132,6 +133,30 @@ def test_targets_of_the_special_measurements() -> None:
     assert found["urpe"]["measured"] == 2.5
     assert found["urpe"]["met"] is False
     assert found["urpe at 8"]["met"] is True
+
+
+def test_targets_of_lean() -> None:
+    made_up = {
+        "lengths": [4096, 262_144], "over_sdpa": 6.5, "over_stacked": 0.9,
+        "least_bandwidth_share": 0.71,
+    }  # fmt: skip
+    found = verdicts([], {"lean_against_sdpa": made_up})
+    met = [v["met"] for what, v in found.items() if what.startswith("lean,")]
+    assert met == [True, False, True, None]
+    short = verdicts([], {"lean_against_sdpa": made_up | {"lengths": [512, 1024]}})
+    assert all(v["met"] is None for v in short.values())
+
+
+def test_text_of_lean(monkeypatch) -> None:
+    monkeypatch.setattr(lean_bench, "_QUICK", (64,))
+    found = lean_bench.lean_against_sdpa(quick=True, seed=0)
+    assert {(r["heads"], r["kv_heads"], r["ragged"]) for r in found["rows"]} == {
+        (8, 1, False), (8, 1, True), (32, 8, False), (32, 8, True),
+    }  # fmt: skip
+    assert "threads_over_one" not in found
+    text = lean_bench.lean_text(found)
+    assert "64 ragged, 32 on 8" in text
+    assert f"{found['over_stacked']:.1f}x over" in text
 
 
 def test_streaming_holds_for_every_mechanism_that_streams() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.choose.bench.grid import DIRECTIONS, bench_shape, is_linear
+from manyheads.choose.bench.lean import lean_against_sdpa
 from manyheads.choose.cost import Subject, TensorPool, bind, draw_inputs
 from manyheads.choose.growth import fit_exponent
 from manyheads.choose.machine import available_memory, keep_freed_memory
@@ -30,6 +31,7 @@ def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, 
         "streaming": _streaming,
         "urpe_against_bias": _urpe_bias,
         "urpe_inference_memory": _urpe_memory,
+        "lean_against_sdpa": lean_against_sdpa,
         # Last: it changes the process for good.
         "memory_kept": _memory_kept,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from manyheads.choose.bench.grid import DIRECTIONS, SDPA
+from manyheads.choose.bench.lean import lean_text
 from manyheads.choose.table import text_table
 from manyheads.choose.units import show_bytes, show_rate, show_seconds
 
@@ -99,6 +100,8 @@ def _special(special: dict[str, Any]) -> str:
             if d in memory
         )
         lines.append(f"urpe without gradients at {memory['length']:,}: peak {figures}")
+    if lean := special.get("lean_against_sdpa"):
+        lines.append(lean_text(lean))
     if (kept := special.get("memory_kept", {})).get("rows"):
         head = ["memory kept", *(f"{n:,}" for n in kept["lengths"]), "exponent"]
         grown = [
