@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from manyheads.choose.bench import decode, grid, sequence, special
+from manyheads.choose.bench import lean as lean_bench
 from manyheads.choose.bench.grid import SDPA, is_linear, summarise
 from manyheads.choose.bench.targets import TARGETS, judge
 from manyheads.choose.bench.text import bench_text
@@ -145,6 +146,30 @@ def test_targets_of_sla() -> None:
     assert list(met.values()) == [True, False, True]
     short = verdicts([], {"sla_against_softmax": made_up | {"length": 512}})
     assert all(v["met"] is None for v in short.values())
+
+
+def test_targets_of_lean() -> None:
+    made_up = {
+        "lengths": [4096, 262_144], "over_sdpa": 6.5, "over_stacked": 0.9,
+        "least_bandwidth_share": 0.71,
+    }  # fmt: skip
+    found = verdicts([], {"lean_against_sdpa": made_up})
+    met = [v["met"] for what, v in found.items() if what.startswith("lean,")]
+    assert met == [True, False, True, None]
+    short = verdicts([], {"lean_against_sdpa": made_up | {"lengths": [512, 1024]}})
+    assert all(v["met"] is None for v in short.values())
+
+
+def test_text_of_lean(monkeypatch) -> None:
+    monkeypatch.setattr(lean_bench, "_QUICK", (64,))
+    found = lean_bench.lean_against_sdpa(quick=True, seed=0)
+    assert {(r["heads"], r["kv_heads"], r["ragged"]) for r in found["rows"]} == {
+        (8, 1, False), (8, 1, True), (32, 8, False), (32, 8, True),
+    }  # fmt: skip
+    assert "threads_over_one" not in found
+    text = lean_bench.lean_text(found)
+    assert "64 ragged, 32 on 8" in text
+    assert f"{found['over_stacked']:.1f}x over" in text
 
 
 def test_streaming_holds_for_every_mechanism_that_streams() -> None:

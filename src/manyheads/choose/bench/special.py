@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from manyheads.choose.bench.decode import model_decode
 from manyheads.choose.bench.grid import DIRECTIONS, bench_shape, is_linear
+from manyheads.choose.bench.lean import lean_against_sdpa
 from manyheads.choose.bench.mamba import measure_mamba
 from manyheads.choose.bench.sequence import landmark_decode, landmark_training, long_sequences
 from manyheads.choose.bench.sparse import sla_against_softmax
@@ -43,6 +44,7 @@ def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, 
         "landmark_training": landmark_training,
         "long_sequences": long_sequences,
         "model_decode": model_decode,
+        "lean_against_sdpa": lean_against_sdpa,
         # Last: it changes the process for good.
         "memory_kept": _memory_kept,
     }

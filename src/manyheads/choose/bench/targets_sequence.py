@@ -129,7 +129,30 @@ _DECODE = (
     ),
 )
 
+
+def _lean(figure: str) -> Callable[[Summary, dict[str, Any]], float | None]:
+    def measure(_: Summary, special: dict[str, Any]) -> float | None:
+        found = special.get("lean_against_sdpa", {})
+        return found.get(figure) if found.get("lengths", [0])[-1] == 262_144 else None
+
+    return measure
+
+
+_LEAN = tuple(
+    Target(what=f"lean, a token {words}", bound=bound, at_least=True, unit="x",
+           measure=_lean(figure))
+    for words, bound, figure in (
+        ("at 4k to 256k, mean: times as fast as SDPA with groups", 6, "over_sdpa"),
+        ("at 4k to 256k, mean: times as fast as SDPA on a group's rows", 1, "over_stacked"),
+        ("from 64k on, least: bytes a second over those of a plain read", 0.7,
+         "least_bandwidth_share"),
+        ("from 64k on, one key-value head: all threads over one", 1.6, "threads_over_one"),
+    )
+)  # fmt: skip
+
+
 SEQUENCE_TARGETS = (
+    *_LEAN,
     *(
         Target(
             what=f"sla, 5 % of the blocks, {what} at 32,768, a head of 128: times as fast as SDPA",

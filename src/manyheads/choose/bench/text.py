@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from manyheads.choose.bench.grid import DIRECTIONS, SDPA
+from manyheads.choose.bench.lean import lean_text
 from manyheads.choose.table import text_table
 from manyheads.choose.units import show_bytes, show_rate, show_seconds
 
@@ -110,6 +111,8 @@ def _special(special: dict[str, Any]) -> str:
     if mamba := special.get("mamba_against_transformers"):
         lines.append(_mamba(mamba))
     lines += _sequences(special)
+    if lean := special.get("lean_against_sdpa"):
+        lines.append(lean_text(lean))
     if (kept := special.get("memory_kept", {})).get("rows"):
         head = ["memory kept", *(f"{n:,}" for n in kept["lengths"]), "exponent"]
         grown = [
