@@ -84,7 +84,7 @@ def test_without_some_of_the_options(size) -> None:
 @given(
     sizes=st.tuples(
         st.integers(1, 3), st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), st.integers(1, 80),
-        st.integers(1, 20), st.integers(1, 50),
+        st.integers(3, 20), st.integers(5, 50),
     ),
     layout=st.sampled_from(["heads", "tokens", "channels"]),
     chunk_size=st.integers(1, 90),

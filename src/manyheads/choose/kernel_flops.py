@@ -22,9 +22,19 @@ def _scan_backward(a: Arguments, out: Any) -> int:
     return (3 if a["gate"] is None else 4) * _scan(a, out)
 
 
+def _conv(a: Arguments, out: Any) -> int:
+    return 2 * a["x"].shape[0] * a["x"].shape[1] * a["weight"].numel()
+
+
+def _conv_backward(a: Arguments, out: Any) -> int:
+    return 2 * _conv(a, out)
+
+
 KERNELS: dict[str, Callable[[Arguments, Any], int]] = {
     "manyheads::mamba_scan": _scan,
     "manyheads::mamba_scan_backward": _scan_backward,
     "manyheads::mamba_step": _scan,
+    "manyheads::short_conv": _conv,
+    "manyheads::short_conv_backward": _conv_backward,
 }
 """Operator name to its FLOPs, from the arguments by name and the output."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from manyheads.layers.conv_op import short_conv
 from manyheads.layers.ragged import compact
 
 __all__ = ["ShortConv"]
@@ -52,13 +53,14 @@ class ShortConv(nn.Module):
             x = moved.gather(x) * moved.front[..., None]
         if state is None:
             state = x.new_zeros(x.shape[0], self.memory, self.dim)
-        wide = torch.cat((state.to(x), x), 1)
-        seen = wide[:, self.memory - self.kernel_size + 1 :]
-        y = nn.functional.conv1d(seen.mT, self.weight, self.bias, groups=self.dim).mT
-        y = nn.functional.silu(y)
-        keep = self.memory
-        if moved is None:
-            # A copy: a view would keep the whole sequence alive.
-            return y, wide[:, wide.shape[1] - keep :].clone()
+        state = state.to(x)
+        y = short_conv(x, state[:, self.memory - self.kernel_size + 1 :], self.weight, self.bias)
+        keep, length = self.memory, x.shape[1]
+        if moved is None and not torch.compiler.is_compiling():
+            # Copies: a view would keep the whole sequence alive.
+            return y, torch.cat((state[:, length:], x[:, max(length - keep, 0) :]), 1)
+        wide = torch.cat((state, x), 1)
+        if moved is None:  # a graph for any length must not ask which of the two is longer
+            return y, wide[:, length:].clone()
         ends = moved.front.sum(1, keepdim=True) + torch.arange(keep, device=x.device)
         return moved.scatter(y), wide.gather(1, ends[..., None].expand(-1, -1, self.dim))
