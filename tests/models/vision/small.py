@@ -1,0 +1,36 @@
+"""A small model of every vision family, quick enough to run everything on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from manyheads.models import create_model
+
+__all__ = ["SMALL", "small"]
+
+# name: (variant, overrides, side of an image). One entry for every behaviour of a family.
+SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
+    "poolformer": (
+        "poolformer_s12",
+        {"depths": (1, 1, 2, 1), "embed_dims": (16, 24, 32, 40), "num_classes": 7},
+        64,
+    ),
+    "metaformer_ppaa": (
+        "metaformer_ppaa_s12_224",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 64), "num_classes": 7,
+         "image_size": 64},
+        64,
+    ),
+    "metaformer_hall": (
+        "poolformer_s12",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_classes": 7,
+         "mixers": ("pool", "flow", "norm", "softmax"), "image_size": 64},
+        64,
+    ),
+}  # fmt: skip
+
+
+def small(name: str, **changes: Any) -> tuple[Any, int]:
+    """Return the model and the side of its images."""
+    variant, overrides, side = SMALL[name]
+    return create_model(variant, **(overrides | changes)), side
