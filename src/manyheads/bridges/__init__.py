@@ -1,0 +1,1 @@
+"""Bridges to neighbours, one a library; each is imported by name and brings its own extra."""
