@@ -126,9 +126,9 @@ def test_help_answers_at_once() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "choose", "train", "generate", "bench", "claims", "papers", "list", "doctor"
+        "choose", "train", "generate", "predict", "bench", "claims", "papers", "list", "doctor"
     ]  # fmt: skip
-    assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "urpe-tasks"]
+    assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "vision", "urpe-tasks"]
 
 
 WORDS = [[verb] for verb in VERBS if verb != "train"]
