@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import index
 from typing import Literal
 
 import torch
@@ -190,8 +191,9 @@ class AggregatedAttention(_CosineAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, C, H, W); channels-last memory is read without a copy."""
-        batch, dim, height, width = x.shape
-        size = (height, width)
+        batch, dim = x.shape[:2]
+        # Tables are made for one size: a tracer that leaves it open only gets slow.
+        size = (index(x.shape[2]), index(x.shape[3]))
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C)
         q = _places_last(self.q, tokens).unflatten(1, (self.num_heads, self.head_dim))
         k, v = (
@@ -258,7 +260,7 @@ class LengthScaledAttention(_CosineAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, C, H, W)."""
-        _, _, height, width = x.shape
+        height, width = index(x.shape[2]), index(x.shape[3])
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
         q, k, v = (
             self.qkv(tokens).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)

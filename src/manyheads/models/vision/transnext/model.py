@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from operator import index
 from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class TransNeXt(VisionModel):
         self.apply(initialise)
 
     def iter_stages(self, x: Tensor) -> Iterator[Tensor]:
+        for side in x.shape[2:]:
+            index(side)  # a tracer takes the size as fixed from here on, as attention does
         for stage in self.stages:
             x = stage(x, self.grad_checkpointing)
             yield x
