@@ -19,6 +19,9 @@ from manyheads.attention.aggregated.places import neighbours
 
 __all__ = ["shifted"]
 
+# From here on heads take turns in inference: 4 megabytes.
+_MANY_SCORES = 1 << 20
+
 
 def _scores(x: Tensor, y: Tensor, starts: tuple[int, ...]) -> Tensor:
     """Return Σ_d x[d, t] · y[d, start_j + t] of (B, h, D, N) and (B, h, D, L), (B, h, J, N)."""
@@ -93,6 +96,10 @@ def _plain_mix(weights: Tensor, y: Tensor, starts: tuple[int, ...]) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
+def _one(x: Tensor | None, head: int) -> Any:
+    return None if x is None else x[head : head + 1]
+
+
 def shifted(
     query: Tensor,
     key: Tensor,
@@ -111,6 +118,30 @@ def shifted(
     dropout: float,
 ) -> Tensor:
     """Return :func:`aggregated`; what is laid out with places last is not copied."""
+    heads, scores = query.shape[1], query.shape[2] * (window_size**2 + pooled_key.shape[2])
+    if (
+        heads > 1
+        and query.shape[0] * heads * scores > _MANY_SCORES
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        # One head after another: their scores never stand in memory together.
+        parts = [
+            shifted(
+                *(t[:, h : h + 1] for t in (query, key, value, pooled_key, pooled_value)),
+                size=size,
+                window_size=window_size,
+                scale=_one(scale, h) if isinstance(scale, Tensor) and scale.ndim == 3 else scale,
+                local_bias=_one(local_bias, h),
+                pooled_bias=_one(pooled_bias, h),
+                query_embedding=_one(query_embedding, h),
+                tokens=_one(tokens, h),
+                token_bias=_one(token_bias, h),
+                dropout=dropout,
+            ).mT
+            for h in range(heads)
+        ]
+        return torch.cat(parts, 1).mT
     inside, outside = neighbours(*size, window_size, device=query.device)
     half, cells = window_size // 2, window_size**2
     reach = half * size[1] + half

@@ -13,7 +13,7 @@ from manyheads.attention.grid.registry import GridShape, Mixer, register_mixer
 __all__ = ["default_sr_ratio"]
 
 _POOLED = 7
-_COMMON = ("pretrain_grid", "positions", "qkv_bias", "dropout", "proj_dropout")
+_COMMON = ("pretrain_grid", "positions", "qkv_bias", "dropout", "proj_dropout", "implementation")
 
 
 def default_sr_ratio(grid: tuple[int, int] | None) -> int:
@@ -24,7 +24,7 @@ def default_sr_ratio(grid: tuple[int, int] | None) -> int:
 def _aggregated(
     dim: int, *, num_heads: int, grid: tuple[int, int] | None, **options: Any
 ) -> nn.Module:
-    own = ("window_size", "sr_ratio", "fixed_pool_size", "pixel_focused", "implementation")
+    own = ("window_size", "sr_ratio", "fixed_pool_size", "pixel_focused")
     check_options("aggregated", options, *own, *_COMMON)
     values = {"sr_ratio": default_sr_ratio(grid), "pretrain_grid": _start(grid), "grid": grid}
     return AggregatedAttention(dim, num_heads=num_heads, **(values | options))

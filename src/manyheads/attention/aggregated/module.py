@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.attention.aggregated.op import IMPLEMENTATIONS, aggregated
-from manyheads.attention.aggregated.position import position_bias, resized_bias
+from manyheads.attention.aggregated.position import (
+    position_bias,
+    position_bias_reference,
+    resized_bias,
+)
 from manyheads.errors import unknown_name
 
 __all__ = ["AggregatedAttention", "LengthScaledAttention", "PositionMode"]
@@ -34,6 +38,7 @@ class _CosineAttention(nn.Module):
         positions: str,
         dropout: float,
         proj_dropout: float,
+        implementation: str,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -47,6 +52,9 @@ class _CosineAttention(nn.Module):
                 f"pretrain_grid {pretrain_grid}: distances are divided by one less than its sides, "
                 "so both must be at least 2"
             )
+        if implementation not in IMPLEMENTATIONS:
+            raise unknown_name("implementation", implementation, IMPLEMENTATIONS)
+        self.implementation = implementation
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.pretrain_grid, self.grid, self.positions = pretrain_grid, grid, positions
         self.dropout = dropout
@@ -82,7 +90,8 @@ class _CosineAttention(nn.Module):
         if self.positions == "interpolation" and self.grid is not None:
             start = self.grid
         pooled = self.pooled_size(start)
-        bias = position_bias(self.cpb_fc1, self.cpb_fc2, start, pooled, self.pretrain_grid)
+        make = position_bias_reference if self.implementation == "reference" else position_bias
+        bias = make(self.cpb_fc1, self.cpb_fc2, start, pooled, self.pretrain_grid)
         return resized_bias(bias, start, pooled, size, self.pooled_size(size))
 
     def scale(self) -> Tensor:
@@ -145,17 +154,17 @@ class AggregatedAttention(_CosineAttention):
         proj_dropout: float = 0.0,
         implementation: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, pretrain_grid, grid, positions, dropout, proj_dropout)
+        super().__init__(
+            dim, num_heads, pretrain_grid, grid, positions, dropout, proj_dropout, implementation
+        )
         if window_size < 1 or window_size % 2 == 0:
             raise ValueError(f"window_size {window_size} must be odd, so that it has a middle")
         if sr_ratio < 1:
             raise ValueError(f"sr_ratio {sr_ratio} must be at least 1")
         if fixed_pool_size is not None and fixed_pool_size < 1:
             raise ValueError(f"fixed_pool_size {fixed_pool_size} must be at least 1, or None")
-        if implementation not in IMPLEMENTATIONS:
-            raise unknown_name("implementation", implementation, IMPLEMENTATIONS)
         self.window_size, self.sr_ratio = window_size, sr_ratio
-        self.fixed_pool_size, self.implementation = fixed_pool_size, implementation
+        self.fixed_pool_size = fixed_pool_size
         cells = window_size**2
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
@@ -241,6 +250,7 @@ class LengthScaledAttention(_CosineAttention):
         dim: C.
         num_heads, pretrain_grid, grid, positions, qkv_bias, dropout, proj_dropout: as in
             :class:`AggregatedAttention`.
+        implementation: "reference" makes the position bias as it is defined.
     """
 
     def __init__(
@@ -254,8 +264,11 @@ class LengthScaledAttention(_CosineAttention):
         qkv_bias: bool = True,
         dropout: float = 0.0,
         proj_dropout: float = 0.0,
+        implementation: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, pretrain_grid, grid, positions, dropout, proj_dropout)
+        super().__init__(
+            dim, num_heads, pretrain_grid, grid, positions, dropout, proj_dropout, implementation
+        )
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,7 +292,6 @@ class LengthScaledAttention(_CosineAttention):
 def _places_last(linear: nn.Linear, tokens: Tensor) -> Tensor:
     """Return a linear map of tokens (B, N, C) as (B, C', N), in that order in memory."""
     weight = linear.weight.expand(len(tokens), -1, -1)
-    if linear.bias is None or torch.is_autocast_enabled(tokens.device.type):
-        out = weight @ tokens.mT
-        return out if linear.bias is None else out + linear.bias[:, None]
+    if linear.bias is None:
+        return weight @ tokens.mT
     return torch.baddbmm(linear.bias[:, None], weight, tokens.mT)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from manyheads.attention.aggregated.places import axis_table, log_coordinates
 
-__all__ = ["position_bias", "resized_bias"]
+__all__ = ["position_bias", "position_bias_reference", "resized_bias"]
 
 # Numbers of the hidden layer that are held at once: a megabyte.
 _PIECE = 1 << 18
@@ -53,6 +53,27 @@ def position_bias(
     pairs = table.index_select(1, indices[0]).index_select(2, indices[1])
     pairs = pairs.view(-1, pooled[0], size[0], pooled[1], size[1])
     return pairs.transpose(2, 3).reshape(-1, pooled[0] * pooled[1], size[0] * size[1])
+
+
+def position_bias_reference(
+    first: nn.Linear,
+    second: nn.Linear,
+    size: tuple[int, int],
+    pooled: tuple[int, int],
+    pretrain: tuple[int, int] | None = None,
+) -> Tensor:
+    """Return :func:`position_bias` as it is defined: one table of coordinates, one pass, one index.
+
+    Arguments as there. The hidden layer is held whole, (U · U, K).
+    """
+    lines, indices = [], []
+    for axis in (0, 1):
+        distances, index = axis_table(size[axis], pooled[axis], device=first.weight.device)
+        lines.append(log_coordinates(distances, (pretrain or size)[axis]).to(first.weight.dtype))
+        indices.append(index.view(pooled[axis], size[axis]))
+    table = second(F.relu(first(torch.cartesian_prod(*lines))))  # (U · U, n)
+    pairs = indices[0][:, None, :, None] * len(lines[1]) + indices[1][:, None]
+    return table[pairs.reshape(pooled[0] * pooled[1], -1)].permute(2, 0, 1)
 
 
 class _Hidden(torch.autograd.Function):

@@ -121,6 +121,7 @@ def build_stage(c: TransNeXtConfig, index: int) -> Stage:
         "qkv_bias": c.qkv_bias,
         "dropout": c.attention_dropout,
         "proj_dropout": c.dropout,
+        "implementation": c.implementation,
     }
 
     def attention() -> nn.Module:
@@ -132,7 +133,6 @@ def build_stage(c: TransNeXtConfig, index: int) -> Stage:
             sr_ratio=c.sr_ratios[index],
             fixed_pool_size=c.fixed_pool_size,
             pixel_focused=c.pixel_focused,
-            implementation=c.implementation,
             **common,
         )
 

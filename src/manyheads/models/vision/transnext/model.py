@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from operator import index
 from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from manyheads.attention.aggregated import AggregatedAttention, LengthScaledAttention
@@ -117,6 +118,11 @@ class TransNeXt(VisionModel):
         for module in fused.modules():
             if isinstance(module, AggregatedAttention | LengthScaledAttention):
                 module.freeze()
+            elif isinstance(module, nn.Conv2d) and module.groups == 1:
+                # Else every call brings these weights into the order of the map.
+                module.weight.data = module.weight.data.contiguous(
+                    memory_format=torch.channels_last
+                )
         return fused
 
     def key_map(self) -> KeyMap:
