@@ -261,6 +261,27 @@ MUTATIONS = (
         "(rank + (block >= self.seen - self.top_k))",
         "(rank + 0 * block)",
     ),
+    Mutation(
+        "transnext: windows run over the ends of image rows",
+        "transnext",
+        "attention/aggregated/fast.py",
+        "extra.masked_fill(outside, 0)",
+        "extra",
+    ),
+    Mutation(
+        "transnext: the length counts no pooled keys",
+        "transnext",
+        "attention/aggregated/fast.py",
+        "inside.to(q.dtype) + pooled_key.shape[2]",
+        "inside.to(q.dtype) + 0 * pooled_key.shape[2]",
+    ),
+    Mutation(
+        "transnext: the window's gradient is spread backwards",
+        "transnext",
+        "attention/aggregated/fast.py",
+        "out[..., start : start + count].addcmul_(weights[:, :, j : j + 1], x)",
+        "out[..., length - start - count : length - start].addcmul_(weights[:, :, j : j + 1], x)",
+    ),
 )
 
 

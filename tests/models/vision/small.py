@@ -27,6 +27,33 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "mixers": ("pool", "flow", "norm", "softmax"), "image_size": 64},
         64,
     ),
+    "metaformer_aggregated": (
+        "poolformer_s12",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), "num_classes": 7,
+         "mixers": ("pool", "aggregated", "aggregated", "length_scaled"), "image_size": 64},
+        64,
+    ),
+    "transnext": (
+        "transnext_tiny",
+        {"depths": (1, 1, 2, 1), "embed_dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3),
+         "mlp_ratios": (3, 3, 2, 2), "num_classes": 7, "image_size": 64},
+        64,
+    ),
+    "transnext_extrapolation": (
+        "transnext_micro_aaaa",
+        {"depths": (1, 1, 1, 1), "embed_dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3),
+         "mlp_ratios": (3, 3, 2, 2), "num_classes": 7, "image_size": 64,
+         "window_sizes": (5, 3, 3, 3),
+         "positions": "extrapolation"},
+        96,
+    ),
+    "transnext_linear": (
+        "transnext_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (8, 12, 16, 24), "num_heads": (1, 2, 2, 3),
+         "mlp_ratios": (3, 3, 2, 2), "num_classes": 7, "image_size": 64, "fixed_pool_size": 3,
+         "pixel_focused": True},
+        64,
+    ),
 }  # fmt: skip
 
 
