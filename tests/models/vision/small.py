@@ -27,6 +27,18 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "mixers": ("pool", "flow", "norm", "softmax"), "image_size": 64},
         64,
     ),
+    "soft": (
+        "soft_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (2, 2, 2, 4),
+         "num_classes": 7, "image_size": 64},
+        64,
+    ),
+    "soft_norm": (
+        "soft_norm_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (2, 2, 2, 4),
+         "num_classes": 7, "image_size": 96, "max_landmarks": 2},
+        96,
+    ),
 }  # fmt: skip
 
 
