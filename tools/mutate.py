@@ -261,6 +261,27 @@ MUTATIONS = (
         "(rank + (block >= self.seen - self.top_k))",
         "(rank + 0 * block)",
     ),
+    Mutation(
+        "soft: the step is that of the shifted matrix",
+        "soft",
+        "attention/soft/newton.py",
+        "step = _STEP / matrix.sum(-1)",
+        "step = _STEP / (matrix.sum(-1) + _SHIFT)",
+    ),
+    Mutation(
+        "soft: the gradient of the inverse without its transpose",
+        "soft",
+        "attention/soft/newton.py",
+        "return -(transposed @ grads[0] @ transposed), None",
+        "return -(transposed @ grads[0].mT @ transposed), None",
+    ),
+    Mutation(
+        "soft: the norms stand before the sums",
+        "soft",
+        "models/vision/soft/blocks.py",
+        "x = self.norm1(x + self.dropout(self.attention(x)))",
+        "x = x + self.dropout(self.attention(self.norm1(x)))",
+    ),
 )
 
 
