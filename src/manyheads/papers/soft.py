@@ -27,7 +27,7 @@ _SIDES = (28, 56, 112)
 Progress = Callable[[str], None]
 
 
-def _layer(side: int) -> nn.Module:
+def _layer(side: int) -> SoftAttention:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return SoftAttention(_DIM, _HEADS, ratio=side // _LANDMARKS, conv_size=9).eval()
@@ -40,7 +40,7 @@ def _map(side: int) -> Tensor:
 class _Exact(nn.Module):
     """The layer with the whole kernel, N x N, in place of landmarks."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: SoftAttention) -> None:
         super().__init__()
         self.layer = layer
 
@@ -161,7 +161,7 @@ def measure(progress: Progress) -> Measurement:
         figures={"layer_seconds": times, "model_seconds": sizes, "unconverged": far},
         notes=(
             "the released ratios give 49 landmarks at 224 px and 196 at 448 px, whose inverse "
-            "costs 64 times as much: linear at one image size alone, and beyond it with max_landmarks",
+            "costs 64 times as much: linear up to 224 px alone, beyond it with max_landmarks",
             f"20 Newton steps on landmarks that lie close are {far:.0%} of the norm away from the "
             "inverse: the truncation is part of the model",
             "published accuracies need ImageNet and were not re-measured",
