@@ -39,6 +39,18 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "num_classes": 7, "image_size": 96, "max_landmarks": 2},
         96,
     ),
+    "dualtoken": (
+        "dualtoken_vit_small",
+        {"depths": (1, 2, 1), "embed_dims": (16, 16, 32), "num_heads": (2, 2, 4), "grid": 2,
+         "neck_dim": 48, "num_classes": 7, "image_size": 64},
+        64,
+    ),
+    "dualtoken_mlp": (
+        "dualtoken_vit_small_mlp",
+        {"depths": (1, 1, 1), "embed_dims": (16, 16, 32), "num_heads": (2, 2, 4), "grid": 2,
+         "neck_dim": 48, "num_classes": 7, "image_size": 64},
+        64,
+    ),
 }  # fmt: skip
 
 

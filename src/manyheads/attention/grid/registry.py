@@ -24,6 +24,7 @@ __all__ = ["GridShape", "Mixer", "build_mixer", "get_mixer", "list_mixers", "reg
 # Files that register mixers when imported.
 _FILES = (
     "manyheads.attention.grid.basic",
+    "manyheads.attention.dual_token.module",
     "manyheads.attention.soft.module",
 )
 
