@@ -262,6 +262,20 @@ MUTATIONS = (
         "(rank + 0 * block)",
     ),
     Mutation(
+        "dualtoken: alpha weighs the summary",
+        "dualtoken",
+        "attention/dual_token/module.py",
+        "g = self.alpha * g + (1 - self.alpha) * x_ga",
+        "g = (1 - self.alpha) * g + self.alpha * x_ga",
+    ),
+    Mutation(
+        "dualtoken: columns before rows in a merged patch",
+        "dualtoken",
+        "models/vision/dualtoken/blocks.py",
+        "for j in (0, 1) for i in (0, 1)]",
+        "for i in (0, 1) for j in (0, 1)]",
+    ),
+    Mutation(
         "soft: the step is that of the shifted matrix",
         "soft",
         "attention/soft/newton.py",
