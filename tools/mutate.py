@@ -282,6 +282,41 @@ MUTATIONS = (
         "out[..., start : start + count].addcmul_(weights[:, :, j : j + 1], x)",
         "out[..., length - start - count : length - start].addcmul_(weights[:, :, j : j + 1], x)",
     ),
+    Mutation(
+        "dualtoken: alpha weighs the summary",
+        "dualtoken",
+        "attention/dual_token/module.py",
+        "g = self.alpha * g + (1 - self.alpha) * x_ga",
+        "g = (1 - self.alpha) * g + self.alpha * x_ga",
+    ),
+    Mutation(
+        "dualtoken: columns before rows in a merged patch",
+        "dualtoken",
+        "models/vision/dualtoken/blocks.py",
+        "for j in (0, 1) for i in (0, 1)]",
+        "for i in (0, 1) for j in (0, 1)]",
+    ),
+    Mutation(
+        "soft: the step is that of the shifted matrix",
+        "soft",
+        "attention/soft/newton.py",
+        "step = _STEP / matrix.sum(-1)",
+        "step = _STEP / (matrix.sum(-1) + _SHIFT)",
+    ),
+    Mutation(
+        "soft: the gradient of the inverse without its transpose",
+        "soft",
+        "attention/soft/newton.py",
+        "return -(transposed @ grads[0] @ transposed), None",
+        "return -(transposed @ grads[0].mT @ transposed), None",
+    ),
+    Mutation(
+        "soft: the norms stand before the sums",
+        "soft",
+        "models/vision/soft/blocks.py",
+        "x = self.norm1(x + self.dropout(self.attention(x)))",
+        "x = x + self.dropout(self.attention(self.norm1(x)))",
+    ),
 )
 
 

@@ -46,9 +46,11 @@ _FILES = (
     "manyheads.models.language.transnormer_encoder",
     "manyheads.models.language.transnormer_lra",
     "manyheads.models.language.urpe",
+    "manyheads.models.vision.dualtoken",
     "manyheads.models.vision.flowformer",
     "manyheads.models.vision.metaformer",
     "manyheads.models.vision.orchid",
+    "manyheads.models.vision.soft",
     "manyheads.models.vision.transnext",
 )
 

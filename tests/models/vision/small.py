@@ -54,6 +54,30 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "pixel_focused": True},
         64,
     ),
+    "soft": (
+        "soft_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (2, 2, 2, 4),
+         "num_classes": 7, "image_size": 64},
+        64,
+    ),
+    "soft_norm": (
+        "soft_norm_tiny",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "num_heads": (2, 2, 2, 4),
+         "num_classes": 7, "image_size": 96, "max_landmarks": 2},
+        96,
+    ),
+    "dualtoken": (
+        "dualtoken_vit_small",
+        {"depths": (1, 2, 1), "embed_dims": (16, 16, 32), "num_heads": (2, 2, 4), "grid": 2,
+         "neck_dim": 48, "num_classes": 7, "image_size": 64},
+        64,
+    ),
+    "dualtoken_mlp": (
+        "dualtoken_vit_small_mlp",
+        {"depths": (1, 1, 1), "embed_dims": (16, 16, 32), "num_heads": (2, 2, 4), "grid": 2,
+         "neck_dim": 48, "num_classes": 7, "image_size": 64},
+        64,
+    ),
 }  # fmt: skip
 
 

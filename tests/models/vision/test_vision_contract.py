@@ -98,7 +98,7 @@ def test_the_classifier_can_be_changed(name) -> None:
     assert model.num_classes == model.config.num_classes == 5
     model.reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity)
-    assert model(x).shape == (2, model.num_features)
+    assert model(x).shape == (2, model.head_hidden_size)
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
     with pytest.raises(ValueError, match="num_classes -1"):

@@ -24,7 +24,9 @@ __all__ = ["GridShape", "Mixer", "build_mixer", "get_mixer", "list_mixers", "reg
 # Files that register mixers when imported.
 _FILES = (
     "manyheads.attention.aggregated.mixers",
+    "manyheads.attention.dual_token.module",
     "manyheads.attention.grid.basic",
+    "manyheads.attention.soft.module",
 )
 
 
