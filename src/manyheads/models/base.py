@@ -49,6 +49,7 @@ _FILES = (
     "manyheads.models.vision.flowformer",
     "manyheads.models.vision.metaformer",
     "manyheads.models.vision.orchid",
+    "manyheads.models.vision.volo",
 )
 
 
