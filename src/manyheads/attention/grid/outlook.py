@@ -207,6 +207,16 @@ def _fold(y: Tensor, *grid: int) -> Tensor:
     return _Fold.apply(y, *grid)
 
 
+def _softmax(logits: Tensor) -> Tensor:
+    """Return the softmax over the last axis, in float32 at least.
+
+    A window has few places, and rows so short leave vector units idle: the axis goes ahead.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    ahead = logits.movedim(-1, -3).contiguous().softmax(-3, dtype=wide)
+    return ahead.movedim(-3, -1).to(logits.dtype).contiguous()
+
+
 class OutlookAttention(nn.Module):
     """Outlook attention with its projections, on channels-last maps (B, H, W, C).
 
@@ -273,8 +283,7 @@ class OutlookAttention(nn.Module):
         logits = self.attn(x).unflatten(3, (self.num_heads, places, places))
         if self.scale != 1:
             logits = logits * self.scale
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return logits.softmax(-1, dtype=wide).to(logits.dtype)
+        return _softmax(logits)
 
     @torch.no_grad()
     def fold(self) -> None:
