@@ -11,6 +11,8 @@ from compare import assert_close
 from manyheads.attention.grid import GridShape, build_mixer, get_mixer
 from manyheads.attention.grid.outlook import OutlookAttention, outlook, outlook_reference
 from manyheads.choose.flops import count_flops
+from manyheads.choose.memory import peak_memory
+from manyheads.papers.volo import unfolded
 
 # rows, columns, kernel, stride
 GRIDS = [(9, 6, 3, 2), (4, 7, 5, 1), (5, 5, 3, 3), (1, 2, 3, 2), (7, 3, 3, 4), (6, 6, 1, 1)]
@@ -121,3 +123,13 @@ def test_cost_is_linear_in_places() -> None:
     assert flops[1] == 4 * flops[0]
     flops = [get_mixer("attention").flops(GridShape(height=n, width=n)) for n in (56, 112)]
     assert flops[1] > 10 * flops[0]
+
+
+def test_no_columns_are_made() -> None:
+    """Gathered windows and the mixed ones, 9/4 of the map each; unfolding holds twice that."""
+    value, weights = torch.randn(1, 40, 40, 64), torch.rand(1, 20, 20, 1, 9, 9)
+    with torch.no_grad():
+        peak = peak_memory(lambda: outlook(value, weights, stride=2)).peak_bytes
+        usual = peak_memory(lambda: unfolded(value, weights)).peak_bytes
+    assert peak < 6 * 4 * value.numel()
+    assert usual > 1.3 * peak
