@@ -264,7 +264,7 @@ MUTATIONS = (
     Mutation(
         "volo: windows are added one row late",
         "volo",
-        "attention/grid/outlook.py",
+        "attention/grid/outlook/function.py",
         "start = first * stride + offset - pad if count else 0",
         "start = first * stride + offset - pad + (offset == 0) if count else 0",
     ),
