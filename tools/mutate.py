@@ -317,6 +317,27 @@ MUTATIONS = (
         "x = self.norm1(x + self.dropout(self.attention(x)))",
         "x = x + self.dropout(self.attention(self.norm1(x)))",
     ),
+    Mutation(
+        "volo: windows are added one row late",
+        "volo",
+        "attention/grid/outlook/function.py",
+        "start = first * stride + offset - pad if count else 0",
+        "start = first * stride + offset - pad + (offset == 0) if count else 0",
+    ),
+    Mutation(
+        "volo: token logits stay in the mixed order",
+        "volo",
+        "models/vision/volo/model.py",
+        "token_logits = mix_tokens(token_logits.unflatten(1, grid), found).flatten(1, 2)",
+        "token_logits = token_logits.clone()",
+    ),
+    Mutation(
+        "volo: the class label is mixed by the wrong share",
+        "volo",
+        "models/vision/volo/losses.py",
+        "label = kept * label + (1 - kept) * label.flip(0)",
+        "label = (1 - kept) * label + kept * label.flip(0)",
+    ),
 )
 
 

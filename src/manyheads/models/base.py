@@ -52,6 +52,7 @@ _FILES = (
     "manyheads.models.vision.orchid",
     "manyheads.models.vision.soft",
     "manyheads.models.vision.transnext",
+    "manyheads.models.vision.volo",
 )
 
 

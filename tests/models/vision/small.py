@@ -78,6 +78,20 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "neck_dim": 48, "num_classes": 7, "image_size": 64},
         64,
     ),
+    "volo": (
+        "volo_d1",
+        {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "num_heads": (2, 4, 4, 4),
+         "stem_dim": 8, "num_classes": 7, "image_size": 64},
+        64,
+    ),
+    "volo_mean": (
+        "volo_d1",
+        {"depths": (2, 1, 1), "embed_dims": (12, 20, 20), "num_heads": (3, 2, 4),
+         "mlp_ratios": (3, 4, 2), "stem_dim": 8, "num_classes": 7, "image_size": (64, 96),
+         "class_blocks": 0, "dense": False, "global_pool": "avg", "qkv_bias": True,
+         "kernel_size": 5, "stride": 1},
+        64,
+    ),
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ _FILES = (
     "manyheads.attention.aggregated.mixers",
     "manyheads.attention.dual_token.module",
     "manyheads.attention.grid.basic",
+    "manyheads.attention.grid.outlook",
     "manyheads.attention.soft.module",
 )
 
