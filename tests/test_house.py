@@ -126,10 +126,10 @@ def test_help_answers_at_once() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "choose", "train", "generate", "bench", "claims", "papers", "list", "draw", "native",
-        "doctor",
+        "choose", "train", "generate", "predict", "bench", "claims", "papers", "list", "draw",
+        "native", "doctor",
     ]  # fmt: skip
-    assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "urpe-tasks"]
+    assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "vision", "urpe-tasks"]
     assert list(VERBS["native"].kinds or ()) == ["build", "status"]
 
 

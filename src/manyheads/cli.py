@@ -57,6 +57,11 @@ VERBS: dict[str, Verb] = {
                 "manyheads.train.recall:RecallOptions",
                 "manyheads.train.recall:run",
             ),
+            "vision": Verb(
+                "a vision backbone on labelled images",
+                "manyheads.train.vision:VisionOptions",
+                "manyheads.train.vision:run",
+            ),
             "urpe-tasks": Verb(
                 "the two synthetic position tasks of URPE",
                 "manyheads.train.urpe_tasks:URPETaskOptions",
@@ -68,6 +73,11 @@ VERBS: dict[str, Verb] = {
         "continue a prompt with a trained model",
         "manyheads.train.generate:GenerateOptions",
         "manyheads.train.generate:run",
+    ),
+    "predict": Verb(
+        "name what images show, with a model that train vision made",
+        "manyheads.train.predict:PredictOptions",
+        "manyheads.train.predict:run",
     ),
     "bench": Verb(
         "time every mechanism against softmax and write results/bench.json",

@@ -388,5 +388,5 @@ def test_registering_names() -> None:
 def test_formulas_belong_to_operators_that_exist() -> None:
     get_mechanism("mamba")  # brings its operators
     for name in [*FORMULAS, *TRANSPARENT]:
-        namespace, _, operator = name.partition("::")
-        assert hasattr(getattr(torch.ops, namespace), operator), name
+        space, _, operator = name.rpartition("::")
+        assert hasattr(getattr(torch.ops, space or "aten"), operator), name

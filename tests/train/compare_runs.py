@@ -10,7 +10,7 @@ import torch
 
 from manyheads.train.checkpoint import read_checkpoint
 
-TIMES = {"seconds", "tokens_per_s", "series_per_s"}
+TIMES = {"seconds", "tokens_per_s", "series_per_s", "images_per_s"}
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

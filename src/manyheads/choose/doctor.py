@@ -19,7 +19,8 @@ __all__ = ["ABSENCE", "DoctorOptions", "examine", "run"]
 ABSENCE = {
     "choose": "no `manyheads choose` and `bench`: they show progress and draw pictures",
     "train": "no `manyheads train`",
-    "data": "no builtin:kjv text and no time series; builtin:python works",
+    "data": "no builtin:kjv text, time series, digits or emoji; builtin:python works",
+    "vision": "no `manyheads train vision` and `predict`, no entry in timm's registry, no ONNX",
     "transformers": "our models are no transformers models; `manyheads.bridges.transformers`",
     "lm-eval": "our models are not measured by lm_eval; `manyheads.bridges.lm_eval`",
     "test": "the tests cannot be run",

@@ -68,6 +68,10 @@ def _weight_rows(weight: str) -> Formula:
     return formula
 
 
+def _packed_rows(a: Arguments, out: Any) -> int:
+    return _mac(a["X"]) * a["X"].numel() * a["W"].shape[0]
+
+
 def _outer(a: Arguments, out: Any) -> int:
     return _mac(a["vec1"]) * a["vec1"].numel() * a["vec2"].numel()
 
@@ -171,6 +175,8 @@ FORMULAS: dict[str, Formula] = {
     "aten::addr": _outer,
     "aten::addr_": _outer,
     "aten::mkldnn_linear": _weight_rows("weight"),
+    "mkldnn::_linear_pointwise": _packed_rows,
+    "mkldnn::_reorder_linear_weight": lambda a, out: 0,
     **{
         f"{_SDPA}{kind}": _attention
         for kind in (

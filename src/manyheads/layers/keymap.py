@@ -102,8 +102,8 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Tensor]) -> dict[str
 
     Args:
         source: a path ending in ``.safetensors``, any other torch file (read with
-            ``weights_only=True``; a nesting under ``state_dict`` or ``model`` is opened), or a
-            mapping, which is returned as a dict.
+            ``weights_only=True``; a nesting under ``state_dict_ema``, ``state_dict`` or ``model``
+            is opened), or a mapping, which is returned as a dict.
 
     Raises:
         ValueError: the path is missing, or holds no mapping of names to tensors.
@@ -118,7 +118,7 @@ def read_weights(source: str | PathLike[str] | Mapping[str, Tensor]) -> dict[str
 
         return load_file(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
-    for nesting in ("state_dict", "model"):
+    for nesting in ("state_dict_ema", "state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(nesting), Mapping):
             loaded = loaded[nesting]
     if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):

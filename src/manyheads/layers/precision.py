@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["without_autocast"]
+__all__ = ["no_autocast", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context in which autocast is off; of the meta device: nothing."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:
@@ -26,7 +34,7 @@ def without_autocast(fn: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        with torch.autocast(first.device.type, enabled=False):
+        with no_autocast(first.device):
             return fn(*args, **kwargs)
 
     return run

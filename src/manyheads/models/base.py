@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -47,8 +47,13 @@ _FILES = (
     "manyheads.models.language.transnormer_encoder",
     "manyheads.models.language.transnormer_lra",
     "manyheads.models.language.urpe",
+    "manyheads.models.vision.dualtoken",
     "manyheads.models.vision.flowformer",
+    "manyheads.models.vision.metaformer",
     "manyheads.models.vision.orchid",
+    "manyheads.models.vision.soft",
+    "manyheads.models.vision.transnext",
+    "manyheads.models.vision.volo",
 )
 
 
@@ -193,18 +198,23 @@ def create_model(
     *,
     weights: str | PathLike[str] | Mapping[str, Tensor] | None = None,
     device: torch.device | str | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
     **overrides: Any,
-) -> Model:
+) -> Any:
     """Build a model by name.
 
     Args:
         name: a name or alias out of :func:`list_models`.
         weights: an official checkpoint (path or state dict) to load, strictly.
         device: where to build it; "meta" allocates nothing.
+        features_only: of vision backbones: return the maps of stages instead of logits.
+        out_indices: with ``features_only``, which stages, negative from the end; None: all.
         overrides: config fields that differ from the variant's.
 
     Raises:
-        ValueError: unknown name or field, or weights that do not fit.
+        ValueError: unknown name, field or stage, weights that do not fit, or features of a model
+            that has no maps.
 
     Example:
         >>> create_model("gla_340m", device="meta").num_parameters()
@@ -214,4 +224,14 @@ def create_model(
     config = variant.config.replace(**overrides) if overrides else variant.config
     with torch.device(device or torch.get_default_device()):
         model = variant.model.from_config(config)
-    return model.load_official(weights) if weights is not None else model
+    if weights is not None:
+        model.load_official(weights)
+    if not features_only:
+        if out_indices is not None:
+            raise ValueError("out_indices needs features_only=True")
+        return model
+    from manyheads.models.vision.base import FeatureMaps, VisionModel
+
+    if not isinstance(model, VisionModel):
+        raise ValueError(f"{name!r} has no feature maps: features_only is for vision backbones")
+    return FeatureMaps(model, out_indices)

@@ -118,6 +118,8 @@ def fit(
     figures: tuple[str, ...],
     unit: tuple[str, int],
     sign: int = 0,
+    shadow: Model | None = None,
+    decay: float = 0.0,
 ) -> Position:
     """Train a model to the last step, from the run's checkpoint if there is one.
 
@@ -129,6 +131,8 @@ def fit(
         unit: name and number of what one step reads, such as ("tokens", 8192).
         sign: 1 where a higher first figure is better, -1 where a lower one is: the best weights
             are kept in ``model.safetensors``; 0 keeps the last ones.
+        shadow: a copy of the model that follows it by moving averages and is what is kept.
+        decay: of these averages, at most; they follow faster at first.
 
     Raises:
         Interrupted: the user asked to stop; the state is saved.
@@ -136,7 +140,10 @@ def fit(
     """
     save_every = options.save_every or options.eval_every
     module, optimizer = _setup(fabric, options, model)
-    at = load_state(fabric, folder.checkpoint, model, optimizer)
+    if shadow is not None:
+        shadow.to(fabric.device).requires_grad_(False)
+    kept = model if shadow is None else shadow
+    at = load_state(fabric, folder.checkpoint, model, optimizer, shadow)
     shown = options.progress and fabric.is_global_zero
     with Terminal(steps=options.steps, done=at.step, shown=shown) as terminal:
         terminal.say(f"{'going on in' if at.step else 'training in'} {folder.path}")
@@ -146,8 +153,8 @@ def fit(
         def save() -> None:
             at.seconds = record.seconds()
             if not sign and fabric.is_global_zero:
-                write_model(model, folder.path)
-            save_state(fabric, folder.checkpoint, model, optimizer, at)
+                write_model(kept, folder.path)
+            save_state(fabric, folder.checkpoint, model, optimizer, at, shadow)
 
         def due() -> bool:
             regular = at.step % options.eval_every == 0 or at.step == options.steps
@@ -166,12 +173,14 @@ def fit(
                 if sign and (at.best is None or sign * first > sign * at.best):
                     at.best, at.best_step = first, at.step
                     if fabric.is_global_zero:
-                        write_model(model, folder.path)
+                        write_model(kept, folder.path)
                 record.evaluated(at.step, values, time.perf_counter() - begun)
                 save()
             if at.step == options.steps:
                 break
             norm, asked = _step(fabric, options, module, optimizer, batches, loss, at, stop)
+            if shadow is not None:
+                _follow(shadow, model, min(decay, at.step / (at.step + 9)))
             if at.step % options.log_every == 0 or at.step == options.steps:
                 rate = optimizer.param_groups[0]["lr"]
                 mean = at.loss_sum / at.loss_count
@@ -188,6 +197,17 @@ def fit(
     # The recipes go on with the weights that the first process kept.
     fabric.barrier()
     return at
+
+
+@torch.no_grad()
+def _follow(shadow: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move every number of the shadow to the model's by the share 1 − decay."""
+    theirs = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, own in (*shadow.named_parameters(), *shadow.named_buffers()):
+        if own.is_floating_point():
+            own.lerp_(theirs[name].to(own), 1 - decay)
+        else:
+            own.copy_(theirs[name])
 
 
 def _setup(

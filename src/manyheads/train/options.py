@@ -17,9 +17,11 @@ __all__ = [
     "GenerateOptions",
     "LMOptions",
     "MixerOptions",
+    "PredictOptions",
     "RecallOptions",
     "TrainOptions",
     "URPETaskOptions",
+    "VisionOptions",
 ]
 
 # What may differ between the parts of one run: where it computes and what it shows, not what.
@@ -379,6 +381,126 @@ class URPETaskOptions(TrainOptions):
 
     def _title(self) -> tuple[str | None, ...]:
         return (self.task, None if self.multiplier else "bias-only")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionOptions(TrainOptions):
+    """Train a vision backbone on labelled images.
+
+    Attributes:
+        data: a folder with a folder of images for each class, or with train and val folders of
+          such; builtin:digits (scikit-learn's) or builtin:emoji.
+        test_fraction: share of each class that is held out where the data come without a split.
+        bad: what to do with a file that is no image.
+        model: a backbone by name.
+        model_options: fields of its config that differ, as JSON.
+        weights: an official checkpoint to start from; a head of other classes is started anew.
+        image_size: rows and columns that images are cropped and scaled to.
+        crop: share of an image's side that evaluation crops.
+        augment: timm's automatic augmentation, such as rand-m9-mstd0.5; none.
+        least_area: least share of an image that a training crop shows.
+        flip: mirror half of the training images.
+        mixup, cutmix: strengths of mixing pairs of images; 0 for none.
+        smoothing: of the labels.
+        erase: probability of erasing a rectangle of a training image.
+        ema: decay of the averaged weights that are judged and kept; 0 keeps the last ones.
+        drop_path: rate of stochastic depth (default: the model's).
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "smoke": {
+            "steps": 60, "batch_size": 32, "eval_every": 30,
+            "model_options": (
+                '{"depths": [1, 1, 1, 1], "embed_dims": [16, 24, 32, 40], "patch": [3, 2, 1]}'
+            ),
+        },
+    }  # fmt: skip
+    recipe: ClassVar[str] = "vision"
+
+    steps: int = 2000
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    eval_every: int = 500
+    data: str = "builtin:digits"
+    test_fraction: float = 0.2
+    bad: str = field(default="raise", metadata={"choices": ("raise", "skip")})
+    model: str = "poolformer_s12"
+    model_options: str = (
+        '{"depths": [1, 1, 2, 1], "embed_dims": [32, 64, 96, 128], "patch": [3, 2, 1]}'
+    )
+    weights: str | None = None
+    image_size: int = 32
+    crop: float = 1.0
+    augment: str = "none"
+    least_area: float = 0.6
+    flip: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.1
+    erase: float = 0.0
+    ema: float = 0.0
+    drop_path: float | None = None
+
+    def __post_init__(self) -> None:
+        TrainOptions.__post_init__(self)
+        for name in ("test_fraction", "crop", "least_area"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a share above 0, up to 1")
+        for name in ("smoothing", "erase", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a share from 0 to below 1")
+        self.read_model_options()
+
+    def _least(self) -> dict[str, float]:
+        return TrainOptions._least(self) | {"image_size": 1, "mixup": 0, "cutmix": 0}
+
+    def _title(self) -> tuple[str | None, ...]:
+        return (self.model, self.data.rstrip("/").split("/")[-1].split(":")[-1])
+
+    def read_model_options(self) -> dict[str, Any]:
+        """Return ``model_options`` as a mapping.
+
+        Raises:
+            ValueError: no JSON object.
+        """
+        try:
+            read = json.loads(self.model_options)
+        except ValueError as error:
+            raise ValueError(f"model_options {self.model_options!r} is no JSON: {error}") from None
+        if not isinstance(read, dict):
+            raise ValueError(f"model_options {self.model_options!r} must be a JSON object")
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in read.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictOptions(Config):
+    """Name what images show, with a model that ``train vision`` made.
+
+    Attributes:
+        run: folder of a run of ``train vision``.
+        images: image files, or folders of them.
+        top_k: classes to name for each image.
+        format: text, or csv or json for other programs.
+        bad: what to do with a file that is no image.
+        batch_size: images computed at once.
+        threads: threads to compute with (default: torch's own).
+    """
+
+    run: str = field(metadata={"positional": True})
+    images: tuple[str, ...] = field(metadata={"positional": True, "whole": True})
+    top_k: int = 5
+    format: str = field(default="text", metadata={"choices": ("text", "csv", "json")})
+    bad: str = field(default="raise", metadata={"choices": ("raise", "skip")})
+    batch_size: int = 32
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
+        for name, choices in _choices(type(self)).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -50,14 +50,25 @@ class Position:
 
 
 def save_state(
-    fabric: Fabric, path: Path, model: Model, optimizer: torch.optim.Optimizer, at: Position
+    fabric: Fabric,
+    path: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    at: Position,
+    shadow: Model | None = None,
 ) -> None:
-    """Write the checkpoint; called by every process, written by the first."""
+    """Write the checkpoint; called by every process, written by the first.
+
+    Args:
+        shadow: a second model whose tensors go along, of averaged weights.
+    """
     states = {k: cast(Tensor, fabric.all_gather(s)) for k, s in rng_state(fabric.device).items()}
     if not fabric.is_global_zero:
         return
     rng = {f"rng.{k}": s.view(fabric.world_size, -1).cpu() for k, s in states.items()}
     tensors = {**model_tensors(model), **optimizer_tensors(optimizer, model), **rng}
+    if shadow is not None:
+        tensors |= {f"shadow.{k}": t.clone() for k, t in model_tensors(shadow).items()}
     scalars = asdict(at) | {"threads": torch.get_num_threads(), "processes": fabric.world_size}
     write_checkpoint(path, tensors, scalars)
 
@@ -69,7 +80,11 @@ def read_position(path: Path) -> Position:
 
 
 def load_state(
-    fabric: Fabric, path: Path, model: Model, optimizer: torch.optim.Optimizer
+    fabric: Fabric,
+    path: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    shadow: Model | None = None,
 ) -> Position:
     """Go on from a checkpoint, or from the start where there is none.
 
@@ -84,6 +99,11 @@ def load_state(
     tensors, scalars = read_checkpoint(path)
     restore_tensors(model, tensors, path)
     restore_optimizer(optimizer, model, tensors)
+    if shadow is not None:
+        theirs = {
+            k.removeprefix("shadow."): t for k, t in tensors.items() if k.startswith("shadow.")
+        }
+        restore_tensors(shadow, theirs, path)
     before = scalars.pop("processes"), scalars.pop("threads")
     now = fabric.world_size, torch.get_num_threads()
     if before != now and fabric.is_global_zero:

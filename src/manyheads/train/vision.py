@@ -1,0 +1,218 @@
+"""Train a backbone on labelled images, measured by accuracy on all held-out images.
+
+B batch, C channels, H and W rows and columns, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manyheads.data.images import ImageData, ImageSplit, load_images, open_image
+from manyheads.models.base import create_model, get_variant
+from manyheads.models.vision.base import VisionModel
+from manyheads.train.files import write_json
+from manyheads.train.launch import launch
+from manyheads.train.loop import (
+    evaluating,
+    fit,
+    load_kept,
+    open_folder,
+    part_size,
+    seed_process,
+    sum_over_processes,
+)
+from manyheads.train.options import VisionOptions
+from manyheads.train.report import results
+from manyheads.train.stop import StopRequest
+from manyheads.train.vision_data import ImageBatches, Images, mixing, statistics, transform
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["VisionOptions", "accuracy", "run", "train"]
+
+
+class Prepared(NamedTuple):
+    """What is read before any work."""
+
+    data: ImageData
+    changes: dict[str, Any]
+
+
+def run(options: VisionOptions) -> int:
+    """Do ``manyheads train vision``; returns the exit code."""
+    return launch(options, prepare, train)
+
+
+def prepare(options: VisionOptions) -> Prepared:
+    """Read the images' names and build the model without memory, so that errors come first."""
+    data = load_images(
+        options.data,
+        test_fraction=options.test_fraction,
+        seed=options.seed,
+        bad=options.bad,  # type: ignore[arg-type]
+    )
+    variant = get_variant(options.model)
+    if not issubclass(variant.model, VisionModel):
+        raise ValueError(f"model {options.model!r} is no vision backbone: see list_models()")
+    changes = options.read_model_options() | {
+        "num_classes": len(data.class_names), "in_channels": data.in_channels,
+    }  # fmt: skip
+    if "image_size" in variant.config.to_dict() and "image_size" not in changes:
+        changes["image_size"] = options.image_size
+    if "drop_path" in variant.config.to_dict() and options.drop_path is not None:
+        changes["drop_path"] = options.drop_path
+    with torch.no_grad():
+        model = create_model(options.model, device="meta", **changes)
+        size = options.image_size
+        model.eval()(torch.empty(1, data.in_channels, size, size, device="meta"))
+    if options.mixup or options.cutmix:
+        part = options.batch_size // (options.devices * options.accumulate)
+        if part % 2:
+            raise ValueError(
+                f"mixup and cutmix pair images: {part} at once is odd, give an even one"
+            )
+    return Prepared(data, changes)
+
+
+def train(
+    fabric: Fabric, options: VisionOptions, prepared: Prepared, stop: StopRequest
+) -> dict[str, Any]:
+    """Train in this process, alone or beside others; returns the results."""
+    data, changes = prepared
+    with open_folder(fabric, options, {"sha256": data.sha256}) as folder:
+        # Set up.
+        if fabric.is_global_zero:
+            write_json(folder.path / "data.json", describe(options, data))
+        torch.manual_seed(options.seed)
+        model = create_model(options.model, **changes)
+        if options.weights:
+            fine_tune(model, options.weights, len(data.class_names))
+        shadow = copy.deepcopy(model) if options.ema else None
+        seed_process(fabric, options.seed)
+        batches = ImageBatches(
+            data.train,
+            transform(options, data.in_channels, training=True),
+            mixing(options, len(data.class_names)),
+            in_channels=data.in_channels,
+            batch_size=part_size(fabric, options),
+            seed=options.seed,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        )
+        still = transform(options, data.in_channels, training=False)
+        judged = model if shadow is None else shadow
+
+        # Fit. On the way a part of the training images is looked at, the held-out ones are not.
+        part = data.train.take(range(0, len(data.train), max(1, len(data.train) // 500)))
+
+        def evaluate() -> dict[str, float]:
+            right, count = accuracy(fabric, judged, part, data.in_channels, still, options, stop)
+            return {"training_accuracy": right / count}
+
+        at = fit(
+            fabric,
+            options,
+            folder,
+            stop,
+            model,
+            batches,
+            loss=partial(loss, smoothing=options.smoothing),
+            evaluate=evaluate,
+            figures=("training_accuracy",),
+            unit=("images", options.batch_size),
+            shadow=shadow,
+            decay=options.ema,
+        )
+
+        # Evaluate the weights that were kept on all held-out images.
+        load_kept(folder, model)
+        model.to(fabric.device)
+        right, count = accuracy(fabric, model, data.test, data.in_channels, still, options, stop)
+        found = results(
+            options,
+            title=f"vision {options.model}, {model.num_parameters():,} parameters, on {data.name} "
+            f"({len(data.train)} training and {count} held-out images at {options.image_size} px, "
+            f"{len(data.class_names)} classes)",
+            figures={
+                "test_accuracy": right / count,
+                "right": right,
+                "test_images": count,
+                "skipped_files": len(data.skipped),
+                "epochs": options.steps * options.batch_size / len(data.train),
+                "seconds": at.seconds,
+            },
+            hint=f"manyheads predict {folder.path} IMAGES",
+            sha256=data.sha256,
+            parameters=model.num_parameters(),
+            model=model.config.to_dict(),
+        )
+        if fabric.is_global_zero:
+            write_json(folder.results, found)
+        return found
+
+
+def describe(options: VisionOptions, data: ImageData) -> dict[str, Any]:
+    """Return what is needed to put other images through the model."""
+    mean, std = statistics(data.in_channels)
+    return {
+        "name": data.name,
+        "class_names": list(data.class_names),
+        "in_channels": data.in_channels,
+        "image_size": options.image_size,
+        "crop": options.crop,
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+def fine_tune(model: Any, weights: str, num_classes: int) -> None:
+    """Load a checkpoint of the published classes, then start a new head if theirs differ."""
+    from manyheads.layers.keymap import read_weights
+
+    read = read_weights(weights)
+    heads = {t.shape[0] for n, t in read.items() if n.split(".")[0] in ("head", "fc", "aux_head")
+             and t.ndim == 2}  # fmt: skip
+    classes = heads.pop() if len(heads) == 1 else num_classes
+    if classes != num_classes:
+        model.reset_classifier(classes)
+    model.load_official(read)
+    if classes != num_classes:
+        model.reset_classifier(num_classes)
+
+
+def loss(module: nn.Module, batch: Images, *, smoothing: float) -> Tensor:
+    """Return the mean cross entropy, in nats; mixed labels are smoothed already."""
+    logits = module(batch.images).float()
+    soft = batch.labels.ndim == 2
+    return F.cross_entropy(logits, batch.labels, label_smoothing=0.0 if soft else smoothing)
+
+
+def accuracy(
+    fabric: Fabric,
+    model: nn.Module,
+    split: ImageSplit,
+    in_channels: int,
+    make: Any,
+    options: VisionOptions,
+    stop: StopRequest,
+) -> tuple[int, int]:
+    """Return how many of the images are classified rightly, of how many: all of them."""
+    own = range(fabric.global_rank, len(split), fabric.world_size)
+    right, count = 0, 0
+    with evaluating(fabric, model):
+        for start in range(0, len(own), options.batch_size):
+            stop.check()
+            index = own[start : start + options.batch_size]
+            x = torch.stack([make(open_image(split.images[i], in_channels)) for i in index])
+            classes = model(fabric.to_device(x)).argmax(-1).cpu()
+            right += int((classes == torch.from_numpy(split.labels[list(index)])).sum())
+            count += len(index)
+    right, count = (int(n) for n in sum_over_processes(fabric, right, count))
+    return right, count

@@ -1,0 +1,123 @@
+"""Training batches and evaluation of images, through timm's transforms.
+
+B batch, C channels, H and W rows and columns.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyheads.data.images import ImageSplit, open_image
+from manyheads.data.seeding import generator
+from manyheads.errors import require_extra
+from manyheads.train.options import VisionOptions
+
+__all__ = ["ImageBatches", "Images", "mixing", "transform"]
+
+
+class Images(NamedTuple):
+    """``images`` (B, C, H, W) normalised; ``labels`` (B,) numbers, or (B, K) shares of classes."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def transform(options: VisionOptions, in_channels: int, *, training: bool) -> Any:
+    """Return timm's transform of a PIL image to a normalised tensor (C, H, W)."""
+    require_extra("timm", "vision", "manyheads train vision")
+    from timm.data import create_transform
+
+    size = options.image_size
+    mean, std = statistics(in_channels)
+    if not training:
+        return create_transform(
+            (in_channels, size, size), interpolation="bicubic", mean=mean, std=std,
+            crop_pct=options.crop, is_training=False,
+        )  # fmt: skip
+    return create_transform(
+        (in_channels, size, size), is_training=True, mean=mean, std=std,
+        interpolation="bicubic", scale=(options.least_area, 1.0),
+        hflip=0.5 if options.flip else 0.0, color_jitter=0.0,
+        auto_augment=None if options.augment == "none" else options.augment,
+        re_prob=options.erase,
+    )  # fmt: skip
+
+
+def statistics(in_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation: ImageNet's for colour, 0.5 and 0.5 for grey."""
+    from manyheads.models.vision.base import IMAGENET_MEAN, IMAGENET_STD
+
+    return (IMAGENET_MEAN, IMAGENET_STD) if in_channels == 3 else ((0.5,), (0.5,))
+
+
+def mixing(options: VisionOptions, num_classes: int) -> Any:
+    """Return timm's mixup and cutmix, or None where neither is asked for."""
+    if not (options.mixup or options.cutmix):
+        return None
+    from timm.data import Mixup
+
+    return Mixup(
+        mixup_alpha=options.mixup, cutmix_alpha=options.cutmix, prob=1.0, switch_prob=0.5,
+        mode="batch", label_smoothing=options.smoothing, num_classes=num_classes,
+    )  # fmt: skip
+
+
+class ImageBatches:
+    """Endless training batches; batch k is a pure function of (seed, k, rank, world_size).
+
+    Every image occurs once an epoch, none is dropped; batches run on over the border of epochs.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        make: Any,
+        mix: Any,
+        *,
+        in_channels: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.split, self.make, self.mix, self.in_channels = split, make, mix, in_channels
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+
+    def batch(self, step: int) -> Images:
+        """Return batch ``step`` of this process."""
+        count = len(self.split)
+        first = (step * self.world_size + self.rank) * self.batch_size
+        numbers = range(first, first + self.batch_size)
+        orders = {
+            e: generator(self.seed, e).permutation(count) for e in {n // count for n in numbers}
+        }
+        index = [int(orders[n // count][n % count]) for n in numbers]
+        with _drawing((self.seed, step, self.rank)):
+            images = [self.make(open_image(self.split.images[i], self.in_channels)) for i in index]
+            x, labels = torch.stack(images), torch.from_numpy(self.split.labels[index])
+            if self.mix is not None:
+                x, labels = self.mix(x, labels)
+        return Images(x, labels)
+
+
+@contextmanager
+def _drawing(words: tuple[int, ...]) -> Iterator[None]:
+    """Seed all three generators, that the transforms draw from, and put them back afterwards."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seeds = np.random.SeedSequence(words).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.manual_seed(seeds[2])
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])

@@ -1,0 +1,98 @@
+"""Packed linear layers: equal to plain ones whatever comes in, and never stale."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compare import assert_close
+from manyheads.choose.flops import count_flops
+from manyheads.layers.mlp import MLP
+from manyheads.layers.packed import PackedLinear, can_pack, pack_linears
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_equal_to_a_plain_layer(bias, gelu) -> None:
+    linear = nn.Linear(20, 13, bias=bias)
+    packed = PackedLinear(linear, gelu=gelu)
+    inputs = [torch.randn(7, 20), torch.randn(1, 20), torch.randn(2, 3, 5, 20), torch.randn(20),
+              torch.randn(20, 63).mT, torch.randn(3, 20, 4).mT, torch.randn(2, 1, 20)]  # fmt: skip
+    with torch.no_grad():
+        for x in inputs:
+            expected = F.gelu(linear(4 * x)) if gelu else linear(4 * x)
+            assert_close(packed(4 * x), expected, 1e-6)
+        assert packed(torch.randn(0, 20)).shape == (0, 13)
+    assert (packed._packed is not None) == can_pack()
+
+
+def test_a_changed_weight_is_packed_anew() -> None:
+    packed = PackedLinear(nn.Linear(20, 13))
+    x = torch.randn(7, 20)
+    with torch.no_grad():
+        before = packed(x)
+        packed.weight.mul_(2)
+        assert_close(packed(x) - packed.bias, 2 * (before - packed.bias), 1e-6)
+        packed.weight = nn.Parameter(torch.ones(13, 20))
+        assert_close(packed(x), x.sum(1, keepdim=True) + packed.bias, 1e-6)
+
+
+def test_training_and_other_precisions_run_plainly() -> None:
+    linear = nn.Linear(20, 13)
+    packed = PackedLinear(linear)
+    packed(torch.randn(7, 20)).sum().backward()
+    assert packed.weight.grad is not None
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert packed(torch.randn(7, 20)).dtype == torch.bfloat16
+        assert packed.double()(torch.randn(7, 20).double()).dtype == torch.float64
+    with torch.inference_mode():
+        inside = PackedLinear(nn.Linear(20, 13))
+        assert inside(torch.randn(7, 20)).shape == (7, 13)
+
+
+def test_copies_and_files_hold_the_weight_alone() -> None:
+    packed = PackedLinear(nn.Linear(20, 13))
+    x = torch.randn(7, 20)
+    with torch.no_grad():
+        expected = packed(x)
+        for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+            assert again._packed is None
+            assert torch.equal(again(x), expected)
+            assert again.weight is not packed.weight
+    assert set(packed.state_dict()) == {"weight", "bias"}
+
+
+def test_a_whole_module() -> None:
+    class Head(nn.Linear):
+        pass
+
+    module = nn.Sequential(MLP(8, 24), Head(8, 4), MLP(4, 5, activation_name="silu"))
+    names = set(module.state_dict())
+    x = torch.randn(3, 8)
+    expected = module(x)
+    pack_linears(module)
+    assert set(module.state_dict()) == names
+    assert type(module[1]) is Head
+    assert module[0].fc1.gelu
+    assert not module[2].fc1.gelu
+    with torch.no_grad():
+        assert_close(module(x), expected, 1e-6)
+        assert count_flops(lambda: module(x)).total == 2 * 3 * (2 * 8 * 24 + 8 * 4 + 2 * 4 * 5)
+    assert_close(module(x), expected, 1e-6)
+
+
+def test_graphs_are_traced_without_it() -> None:
+    packed = PackedLinear(nn.Linear(20, 13), gelu=True)
+    x = torch.randn(7, 20)
+    with torch.no_grad():
+        expected = packed(x)
+        compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(x), expected, 1e-6)
+        exported = torch.export.export(packed, (x,)).module()
+    assert_close(exported(x), expected, 1e-6)
