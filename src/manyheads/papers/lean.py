@@ -63,17 +63,18 @@ def measure(progress: Progress) -> Measurement:
     rows = _rows(progress)
     checks += _speed(rows)
     own = {
-        f"{r['length']}{' ragged' if r['ragged'] else ''}, {r['heads']} on {r['kv_heads']}": {
-            k: v for k, v in r.items() if isinstance(v, float)
-        }
-        | {"seconds": {name: t["median"] for name, t in r["seconds"].items()}}
+        f"{r['length']}{' ragged' if r['ragged'] else ''}, {r['heads']} on {r['kv_heads']}": r
         for r in rows
     }
     return Measurement(
         checks=tuple(checks),
         figures={
             "occupancy": tables,
-            "tokens": own,
+            "tokens": {
+                name: {k: v for k, v in r.items() if isinstance(v, float)}
+                | {"seconds": {call: t["median"] for call, t in r["seconds"].items()}}
+                for name, r in own.items()
+            },
             "kernel": library("lean") is not None,
             "threads": torch.get_num_threads(),
             "two_threads_over_one_product": _scaling(progress),
@@ -82,7 +83,7 @@ def measure(progress: Progress) -> Measurement:
         notes=(
             *(_line(device, table) for device, table in tables.items()),
             *(
-                f"{name}: {r['seconds']['lean'] * 1e3:.2f} ms, {r['over_sdpa']:.1f}x over SDPA "
+                f"{name}: {r['seconds']['lean']['median'] * 1e3:.2f} ms, {r['over_sdpa']:.1f}x over SDPA "
                 f"with groups, {r['over_stacked']:.1f}x over SDPA given a group's heads as rows, "
                 f"{r['bandwidth_share']:.0%} of a plain read's pace"
                 for name, r in own.items()
