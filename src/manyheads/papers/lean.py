@@ -83,8 +83,9 @@ def measure(progress: Progress) -> Measurement:
         notes=(
             *(_line(device, table) for device, table in tables.items()),
             *(
-                f"{name}: {r['seconds']['lean']['median'] * 1e3:.2f} ms, {r['over_sdpa']:.1f}x over SDPA "
-                f"with groups, {r['over_stacked']:.1f}x over SDPA given a group's heads as rows, "
+                f"{name}: {r['seconds']['lean']['median'] * 1e3:.2f} ms, "
+                f"{r['over_sdpa']:.1f}x over SDPA with groups, "
+                f"{r['over_stacked']:.1f}x over SDPA given a group's heads as rows, "
                 f"{r['bandwidth_share']:.0%} of a plain read's pace"
                 for name, r in own.items()
             ),
