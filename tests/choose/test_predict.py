@@ -89,6 +89,7 @@ def test_what_is_needed_at_least_is_no_more_than_is_taken(name) -> None:
     causal = get_mechanism(name).causal
     subject = Subject(name, replace(WIDE, length=2048, is_causal=causal))
     taken = subject.peak("train")["peak_bytes"] + input_bytes(subject.mechanism, subject.shape)
+    taken += 4 * WIDE.batch * WIDE.heads * 2048 * WIDE.dv  # the incoming gradient is there before
     least = need_bytes("train", subject.mechanism, subject.shape, None)
     assert least < 1.3 * taken
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from manyheads.attention.aaren.fast import flops as prefix_flops
+
 __all__ = ["KERNELS"]
 
 Arguments = Mapping[str, Any]
@@ -30,7 +32,26 @@ def _conv_backward(a: Arguments, out: Any) -> int:
     return 2 * _conv(a, out)
 
 
+def _prefix(a: Arguments, out: Any) -> int:
+    values = a["values"]
+    batch, heads, length, dim = values.shape
+    return prefix_flops(batch * heads, length, dim, a["chunk_size"])
+
+
+def _prefix_backward(a: Arguments, out: Any) -> int:
+    # The weights by the gradients of the outputs, and by those of the normalisers.
+    return _prefix(a, out)
+
+
+def _gla_step(a: Arguments, out: Any) -> int:
+    return 2 * a["memory"].numel()
+
+
 KERNELS: dict[str, Callable[[Arguments, Any], int]] = {
+    "manyheads::gla_step": _gla_step,
+    "manyheads::aaren_step": lambda a, out: 0,
+    "manyheads::prefix_softmax": _prefix,
+    "manyheads::prefix_softmax_backward": _prefix_backward,
     "manyheads::mamba_scan": _scan,
     "manyheads::mamba_scan_backward": _scan_backward,
     "manyheads::mamba_step": _scan,

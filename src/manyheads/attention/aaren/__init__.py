@@ -27,7 +27,7 @@ from manyheads.attention.aaren.definition import (
     empty_state,
     prefix_step,
 )
-from manyheads.attention.aaren.fast import flops, working_numbers
+from manyheads.attention.aaren.fast import flops
 from manyheads.attention.aaren.module import AarenAttention, AarenConfig
 from manyheads.attention.aaren.op import (
     CHUNK,
@@ -74,9 +74,9 @@ def _flops(s: Shape) -> int:
 
 
 def _memory_numbers(s: Shape) -> int:
-    rows = s.batch * s.heads
-    repeated = rows * s.length * s.dv if s.hkv != s.heads else 0
-    return working_numbers(rows, s.length, s.dv, CHUNK) + repeated
+    """Outputs, scores and the states' m and u; repeated values."""
+    repeated = s.dv if s.hkv != s.heads else 0
+    return s.batch * s.heads * s.length * (s.dv + 4 + repeated)
 
 
 register_mechanism(

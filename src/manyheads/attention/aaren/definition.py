@@ -13,6 +13,7 @@ from torch import Tensor
 from manyheads.layers.heads import repeat_kv
 from manyheads.layers.precision import without_autocast
 from manyheads.layers.ragged import check_mask
+from manyheads.native import library
 
 __all__ = [
     "AarenState",
@@ -143,9 +144,37 @@ def prefix_step(state: AarenState, scores: Tensor, values: Tensor) -> tuple[Tens
     Returns:
         The output (B, H, V), in the dtype of ``values``, and the next state.
     """
-    leaf = AarenState(scores.to(state.m), torch.ones_like(state.u), values.to(state.w))
-    state = combine(state, leaf)
-    return state.output.to(values.dtype), state
+    s, v = scores.to(state.m), values.to(state.w)
+    run = _step if torch.is_grad_enabled() else _step_op  # the operator has no backward
+    out, *after = run(s, v, *state)
+    return out.to(values.dtype), AarenState(*after)
+
+
+def _step(
+    scores: Tensor, values: Tensor, m: Tensor, u: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state = combine(AarenState(m, u, w), AarenState(scores, torch.ones_like(u), values))
+    return state.output, *state
+
+
+@torch.library.custom_op("manyheads::aaren_step", mutates_args=())
+@without_autocast
+def _step_op(
+    scores: Tensor, values: Tensor, m: Tensor, u: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lib = library("prefix", like=values)
+    if lib is None:
+        return _step(scores, values, m, u, w)
+    out, after = values.new_empty(values.shape), [t.new_empty(t.shape) for t in (m, u, w)]
+    inputs = (t.contiguous() for t in (scores, values, m, u, w))
+    sizes = (m.numel(), 1, values.shape[2], torch.get_num_threads())
+    lib("prefix_forward", *inputs, out, *after, sizes)
+    return out, after[0], after[1], after[2]
+
+
+@_step_op.register_fake
+def _(scores, values, m, u, w):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (values, m, u, w))
 
 
 def aaren_step(

@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.attention.aaren import native
 from manyheads.attention.aaren.definition import finite
 from manyheads.layers.precision import without_autocast
+from manyheads.native import library
 
-__all__ = ["flops", "pieces", "prefix_softmax", "working_numbers"]
+__all__ = ["flops", "pieces", "prefix_softmax"]
 
 _PIECE_NUMBERS = 1 << 19  # numbers in one (r, n, C, V) temporary: 2 MiB in float32
 _PIECE_CHUNKS = 256  # chunks of a row whose totals are combined at once
@@ -34,6 +36,7 @@ def prefix_softmax(
     weighted: Tensor,
     *,
     chunk_size: int,
+    kernel: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return all outputs (B, H, N, V), m and u after each token (B, H, N), and the last w.
 
@@ -42,10 +45,11 @@ def prefix_softmax(
         values: (B, H, N, V), finite.
         maximum, normalizer, weighted: the state before the first token.
         chunk_size: C.
+        kernel: False keeps to PyTorch where there are kernels.
 
     All tensors have one dtype, float32 or float64. No gradient flows through either m.
     """
-    return _forward_op(scores, values, maximum, normalizer, weighted, chunk_size)
+    return _forward_op(scores, values, maximum, normalizer, weighted, chunk_size, kernel)
 
 
 @torch.library.custom_op("manyheads::prefix_softmax", mutates_args=())
@@ -57,7 +61,11 @@ def _forward_op(
     normalizer: Tensor,
     weighted: Tensor,
     chunk_size: int,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lib = library("prefix", like=values) if kernel else None
+    if lib is not None:
+        return native.forward(lib, scores, values, maximum, normalizer, weighted)
     m = torch.maximum(scores.cummax(-1).values, maximum[..., None])
     u = torch.empty_like(m)
     out = values.new_empty(values.shape)
@@ -90,7 +98,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(scores, values, maximum, normalizer, weighted, chunk_size):  # type: ignore[no-untyped-def]
+def _(scores, values, maximum, normalizer, weighted, *rest):  # type: ignore[no-untyped-def]
     m = scores.new_empty(scores.shape)
     return values.new_empty(values.shape), m, torch.empty_like(m), torch.empty_like(weighted)
 
@@ -108,12 +116,18 @@ def _backward_op(
     grad_u: Tensor,
     grad_final: Tensor,
     chunk_size: int,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Walk the pieces backwards with the gradients of w and u at the piece's end.
 
     With dw_i = do_i / u_i and du_i = −(do_i · o_i) / u_i, token j collects both with the weights
     of its own column, and its score's gradient is v_j · dv_j plus what it collected of du.
     """
+    lib = library("prefix", like=values) if kernel else None
+    if lib is not None:
+        return native.backward(
+            lib, scores, values, maximum, out, m, u, grad_out, grad_u, grad_final
+        )
     grad_scores = scores.new_empty(scores.shape)
     grad_values = values.new_empty(values.shape)
     u_first, w_first = torch.zeros_like(maximum), grad_final.clone()
@@ -150,21 +164,21 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(scores, values, maximum, out, m, u, do, du, grad_final, chunk_size):  # type: ignore[no-untyped-def]
+def _(scores, values, maximum, out, m, u, do, du, grad_final, *rest):  # type: ignore[no-untyped-def]
     grads = scores.new_empty(scores.shape), values.new_empty(values.shape)
     return *grads, torch.empty_like(maximum), torch.empty_like(grad_final)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    scores, values, maximum, _, _, ctx.chunk_size = inputs
+    scores, values, maximum, _, _, *ctx.options = inputs
     out, m, u, _ = output
     ctx.mark_non_differentiable(m)
     ctx.save_for_backward(scores, values, maximum, out, m, u)
 
 
 def _backward(ctx, grad_out, _, grad_u, grad_final):  # type: ignore[no-untyped-def]
-    grads = _backward_op(*ctx.saved_tensors, grad_out, grad_u, grad_final, ctx.chunk_size)
-    return grads[0], grads[1], None, grads[2], grads[3], None
+    grads = _backward_op(*ctx.saved_tensors, grad_out, grad_u, grad_final, *ctx.options)
+    return grads[0], grads[1], None, grads[2], grads[3], None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -225,17 +239,6 @@ def flops(rows: int, length: int, dim: int, chunk_size: int) -> int:
         inside, between = chunks * chunk * chunk * dim, (chunks + 1) ** 2 * (dim + 1)
         total += 2 * number * count * (inside + between)
     return total
-
-
-def working_numbers(rows: int, length: int, dim: int, chunk_size: int) -> int:
-    """Return the numbers alive at most inside the forward pass, output included."""
-    most = 0
-    for _, count, tokens, chunk in _kinds(rows, length, dim, chunk_size):
-        chunks = tokens // chunk
-        own = 0 if count == 1 or tokens == length else tokens * dim
-        between = 2 * (chunks + 1) ** 2 + 2 * (chunks + 1) * dim
-        most = max(most, count * (tokens * chunk + own + between))
-    return rows * length * (dim + 4) + most
 
 
 class _Rows:

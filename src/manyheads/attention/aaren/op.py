@@ -24,12 +24,12 @@ from manyheads.errors import unknown_name
 from manyheads.layers.heads import repeat_kv
 from manyheads.layers.precision import without_autocast
 from manyheads.layers.ragged import check_mask, map_packed
+from manyheads.native import require
 
 __all__ = ["aaren", "aaren_update", "many_to_one", "prefix_attention", "prefix_states"]
 
-Implementation = Literal["auto", "chunked", "recurrent", "scan"]
-_IMPLEMENTATIONS = ("auto", "chunked", "recurrent", "scan")
-_RECURRENT_BELOW = 4
+Implementation = Literal["auto", "native", "chunked", "recurrent", "scan"]
+_IMPLEMENTATIONS = ("auto", "native", "chunked", "recurrent", "scan")
 CHUNK = 32
 
 
@@ -141,15 +141,17 @@ def prefix_attention(
             output is what the state gives: that of the last real token, 0 before the first.
         cu_seqlens: (S + 1) borders of sequences packed in a batch of 1; each starts afresh.
         chunk_size: tokens a chunk; changes speed, not the result.
-        implementation: "chunked" (matrix products, O(N (C + V))), "recurrent" (token by token),
-            "scan" (the paper's Hillis-Steele scan, O(N V log N)), or "auto": recurrent below 4
-            tokens. Only the last two can be differentiated twice.
+        implementation: "native" (compiled kernels, float32 on the CPU), "chunked" (matrix products,
+            O(N (C + V))), "recurrent" (token by token), "scan" (the paper's Hillis-Steele scan,
+            O(N V log N)), or "auto": native where it can be had, else chunked. Only recurrent and
+            scan can be differentiated twice.
 
     Returns:
         The outputs (B, H, N, V) in the dtype of ``values``, and the state after the last token.
 
     Raises:
         ValueError: shapes do not fit, or the implementation is unknown.
+        RuntimeError: "native" is asked for and cannot be had.
     """
     batch, _, length = _check_scores(scores, values)
     mask = check_mask(mask, batch, length)
@@ -174,8 +176,8 @@ def prefix_attention(
         return out, AarenState(*after)
 
     s, v, state = _prepare(scores, values, state, mask)
-    if implementation == "auto":
-        implementation = "recurrent" if length < _RECURRENT_BELOW else "chunked"
+    if implementation == "native":
+        require("prefix", like=v)
     if length == 0:
         out = torch.zeros_like(v)
     elif implementation == "recurrent":
@@ -185,7 +187,8 @@ def prefix_attention(
         last = (states.m[..., -1], states.u[..., -1], states.w[:, :, -1])
         out, state = states.output, AarenState(*(t.clone() for t in last))
     else:
-        out, m, u, w = prefix_softmax(s, v, *state, chunk_size=chunk_size)
+        kernel = implementation != "chunked"
+        out, m, u, w = prefix_softmax(s, v, *state, chunk_size=chunk_size, kernel=kernel)
         state = AarenState(m[..., -1].clone(), u[..., -1].clone(), w)
     return out.to(values.dtype), state
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from manyheads.layers.heads import check_qkv, repeat_kv
+from manyheads.layers.precision import without_autocast
+from manyheads.native import library
 
 __all__ = [
     "GLAState",
@@ -119,11 +121,40 @@ def gla_step(
     """
     memory = state.memory
     heads = query.shape[1]
-    key, value, decay = (repeat_kv(t.to(memory), heads) for t in (key, value, log_decay))
-    memory = torch.addcmul(key[..., None] * value[..., None, :], decay.exp()[..., None], memory)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out = (query.to(memory)[..., None, :] @ memory).squeeze(-2) * scale
+    k, v, g = (repeat_kv(t.to(memory), heads) for t in (key, value, log_decay))
+    q = query.to(memory) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    run = _step if torch.is_grad_enabled() else _step_op  # the operator has no backward
+    out, memory = run(q, k, v, g, memory)
     return out.to(query.dtype), GLAState(memory)
+
+
+def _step(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    added = key[..., None] * value[..., None, :]
+    memory = torch.addcmul(added, log_decay.exp()[..., None], memory)
+    return (query[..., None, :] @ memory).squeeze(-2), memory
+
+
+@torch.library.custom_op("manyheads::gla_step", mutates_args=())
+@without_autocast
+def _step_op(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    lib = library("recurrent", like=query)
+    if lib is None:
+        return _step(query, key, value, log_decay, memory)
+    out, after = value.new_empty(value.shape), memory.new_empty(memory.shape)
+    batch, heads, dim = query.shape
+    inputs = (t.contiguous() for t in (query, key, value, log_decay, memory))
+    sizes = (batch * heads, dim, value.shape[2], torch.get_num_threads())
+    lib("recurrent_step", *inputs, after, out, sizes)
+    return out, after
+
+
+@_step_op.register_fake
+def _(query, key, value, log_decay, memory):  # type: ignore[no-untyped-def]
+    return value.new_empty(value.shape), memory.new_empty(memory.shape)
 
 
 def check_log_decay(key: Tensor, log_decay: Tensor) -> None:
