@@ -46,8 +46,10 @@ _FILES = (
     "manyheads.models.language.transnormer_encoder",
     "manyheads.models.language.transnormer_lra",
     "manyheads.models.language.urpe",
+    "manyheads.models.vision.efficientformer",
     "manyheads.models.vision.flowformer",
     "manyheads.models.vision.metaformer",
+    "manyheads.models.vision.mobilevig",
     "manyheads.models.vision.orchid",
 )
 

@@ -22,7 +22,11 @@ from manyheads.registry import get_mechanism, list_mechanisms
 __all__ = ["GridShape", "Mixer", "build_mixer", "get_mixer", "list_mixers", "register_mixer"]
 
 # Files that register mixers when imported.
-_FILES = ("manyheads.attention.grid.basic",)
+_FILES = (
+    "manyheads.attention.grid.basic",
+    "manyheads.attention.grid.distance",
+    "manyheads.attention.grid.svga",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
