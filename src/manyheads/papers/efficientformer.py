@@ -9,13 +9,12 @@ import torch
 from manyheads.choose.timing import forward, interleaved
 from manyheads.models import create_model
 from manyheads.papers.base import Check, Claim, Measurement, Paper
-from manyheads.papers.mobile import has_onnx, measure_eager, measure_onnx
+from manyheads.papers.mobile import PHONE, has_onnx, measure_eager, measure_onnx
 
 __all__ = ["PAPER"]
 
 _MOBILENET = "mobilenetv2_140"
-# Milliseconds on an iPhone 12's neural processor, as published.
-_PHONE = {"efficientformer_l1": 1.6, _MOBILENET: 1.6}
+_PHONE = PHONE["iPhone 12"]
 
 Progress = Callable[[str], None]
 

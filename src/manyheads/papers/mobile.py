@@ -19,9 +19,21 @@ from manyheads.errors import require_extra
 from manyheads.models import create_model, list_models
 from manyheads.models.vision.base import VisionModel
 
-__all__ = ["build", "has_onnx", "measure_eager", "measure_onnx"]
+__all__ = ["PHONE", "build", "compare_onnx", "has_onnx", "measure_eager", "measure_onnx"]
 
 Progress = Callable[[str], None]
+
+# Milliseconds of a phone's neural processor, one image, as EfficientFormer's (iPhone 12) and
+# MobileViG's (iPhone 13 mini) authors published them: two phones that do not compare.
+PHONE: dict[str, dict[str, float]] = {
+    "iPhone 12": {"efficientformer_l1": 1.6, "mobilenetv2_140": 1.6},
+    "iPhone 13 mini": {
+        "mobilevig_ti": 0.78,
+        "mobilevig_b": 2.30,
+        "mobilenetv2_140": 1.02,
+        "efficientformer_l3": 2.77,
+    },
+}
 
 
 def has_onnx() -> bool:
@@ -95,3 +107,35 @@ def measure_onnx(
             calls[name] = lambda session=session, feed=feed: session.run(None, feed)  # type: ignore[misc]
         progress("in ONNX Runtime")
         return interleaved(calls, repeats=repeats)
+
+
+def compare_onnx(
+    progress: Progress = lambda text: None,
+    *,
+    names: Sequence[str] = ("efficientformer_l1", "mobilevig_ti", "mobilevig_b"),
+    references: Sequence[str] = ("mobilenetv2_140", "poolformer_s12"),
+    side: int = 224,
+    repeats: int = 15,
+) -> dict[str, Any]:
+    """Compare backbones with references in ONNX Runtime; about a minute and a half.
+
+    Returns:
+        ``seconds`` by model, and ``rows``: model, reference, their times' ratio here, and by phone
+        the published one where both were measured on it.
+    """
+    times = measure_onnx((*names, *references), progress, side=side, repeats=repeats)
+    rows = [
+        {
+            "model": name,
+            "reference": reference,
+            "here": times[name].median / times[reference].median,
+            "phones": {
+                phone: figures[name] / figures[reference]
+                for phone, figures in PHONE.items()
+                if name in figures and reference in figures
+            },
+        }
+        for name in names
+        for reference in references
+    ]
+    return {"seconds": {n: t.to_dict() for n, t in times.items()}, "rows": rows}

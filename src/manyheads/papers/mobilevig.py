@@ -12,13 +12,12 @@ from manyheads.attention.grid.svga import svga, svga_reference
 from manyheads.choose.memory import peak_memory
 from manyheads.choose.timing import forward, interleaved
 from manyheads.papers.base import Check, Claim, Measurement, Paper
-from manyheads.papers.mobile import build, has_onnx, measure_eager, measure_onnx
+from manyheads.papers.mobile import PHONE, build, has_onnx, measure_eager, measure_onnx
 
 __all__ = ["PAPER"]
 
 _MOBILENET = "mobilenetv2_140"
-# Milliseconds on an iPhone 13 mini's neural processor, as published.
-_PHONE = {"mobilevig_ti": 0.78, "mobilevig_b": 2.30, _MOBILENET: 1.02, "efficientformer_l3": 2.77}
+_PHONE = PHONE["iPhone 13 mini"]
 
 Progress = Callable[[str], None]
 
