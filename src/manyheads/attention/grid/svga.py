@@ -10,9 +10,9 @@ The sign is the centre less the neighbour, as the authors' code has it. Munir et
 2307.00395. The graph is fixed, so nothing N x N exists and no neighbours are searched.
 
 max_j (x - x_j) = x - min_j x_j, to the last bit, because rounding is monotone: only minima are
-needed. Where K divides H all places of a residue class share one minimum, O(C N); otherwise the
-minimum over the shifts is built by doubling, O(C N log(H / K)) in place of O(C N H / K). Gradients
-differ from the reference's in ties alone.
+needed. Where K divides H and W all places of a residue class share one minimum, O(C N); otherwise
+the minimum over the shifts is built by doubling, O(C N log(H / K)) in place of O(C N H / K).
+Gradients differ from the reference's in ties alone.
 """
 
 from __future__ import annotations
@@ -66,10 +66,16 @@ def svga(x: Tensor, *, step: int = 2) -> Tensor:
         tensor([[[[0., 0., 1., 2.]]]])
     """
     _check(x, step)
-    least = [_least_linked(x, dim, step) for dim in (2, 3) if x.shape[dim] > step]
-    if not least:
+    height, width = x.shape[2:]
+    if height % step == 0 and width % step == 0:
+        # The place itself is in its class and adds a difference of zero, which counts anyway.
+        classes = x.unflatten(3, (-1, step)).unflatten(2, (-1, step))
+        least = torch.minimum(_least_along(classes, 2), _least_along(classes, 4))
+        return F.relu(classes - least).flatten(4).flatten(2, 3)
+    linked = [_least_linked(x, dim, step) for dim in (2, 3) if x.shape[dim] > step]
+    if not linked:
         return torch.zeros_like(x)
-    return F.relu(x - (least[0] if len(least) == 1 else torch.minimum(least[0], least[1])))
+    return F.relu(x - (linked[0] if len(linked) == 1 else torch.minimum(linked[0], linked[1])))
 
 
 def _check(x: Tensor, step: int) -> None:
@@ -79,14 +85,22 @@ def _check(x: Tensor, step: int) -> None:
         raise ValueError(f"step {step} must be at least 1, the nearest neighbour")
 
 
+def _least_along(x: Tensor, dim: int) -> Tensor:
+    """Return the minimum along an axis, which keeps size 1, by halves that overlap.
+
+    Several times as fast on a CPU as a reduction along a strided axis.
+    """
+    count = x.shape[dim]
+    while count > 1:
+        half = (count + 1) // 2
+        x = torch.minimum(x.narrow(dim, 0, half), x.narrow(dim, count - half, half))
+        count = half
+    return x
+
+
 def _least_linked(x: Tensor, dim: int, step: int) -> Tensor:
     """Return min_j x shifted by j · step along ``dim``, j = 1, 2, ... while j · step < size."""
-    size = x.shape[dim]
-    if size % step == 0:
-        # The place itself is in its class and adds a difference of zero, which counts anyway.
-        classes = x.unflatten(dim, (size // step, step))
-        return classes.amin(dim, keepdim=True).expand(classes.shape).flatten(dim, dim + 1)
-    links = (size - 1) // step
+    links = (x.shape[dim] - 1) // step
     least, reach = x.roll(step, dim), 1
     while reach < links:
         more = min(reach, links - reach)
