@@ -38,6 +38,34 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
+        "efficientformer: queries and keys of all heads before the values",
+        "efficientformer",
+        "attention/grid/distance.py",
+        ".unflatten(2, (self.num_heads, -1)).transpose(1, 2)",
+        ".unflatten(2, (-1, self.num_heads)).permute(0, 3, 1, 2)",
+    ),
+    Mutation(
+        "efficientformer: distances of rows and columns exchanged",
+        "efficientformer",
+        "attention/grid/distance.py",
+        "(r[:, None] - r).abs() * columns + (s[:, None] - s).abs()",
+        "(s[:, None] - s).abs() * columns + (r[:, None] - r).abs()",
+    ),
+    Mutation(
+        "mobilevig: the neighbour less the centre",
+        "mobilevig",
+        "attention/grid/svga.py",
+        "return F.relu(x - (linked",
+        "return F.relu(-x + (linked",
+    ),
+    Mutation(
+        "mobilevig: one link too few where K does not divide the side",
+        "mobilevig",
+        "attention/grid/svga.py",
+        "links = (x.shape[dim] - 1) // step",
+        "links = (x.shape[dim] - 1) // step - 1",
+    ),
+    Mutation(
         "gla: the sign of the gate's gradient",
         "gla",
         "attention/gla/fast.py",

@@ -72,3 +72,14 @@ def test_timm_weights_give_timm_logits(name) -> None:
     x = torch.randn(1, 3, 96, 64)
     with torch.no_grad():
         assert torch.allclose(ours(x), theirs(x), atol=1e-4)
+
+
+def test_backbones_with_two_heads() -> None:
+    sizes = {"depths": (1, 1, 1, 2), "embed_dims": (16, 24, 32, 40)}
+    model = timm.create_model(
+        "manyheads_efficientformer_l1", img_size=96, num_classes=3, drop_path_rate=0.1, **sizes
+    )
+    assert model.config.grid == (3, 3)
+    assert model.eval()(torch.randn(1, 3, 96, 96)).shape == (1, 3)
+    assert type(timm.create_model("efficientformer_l1")).__module__.startswith("timm")
+    assert "mobilevig_ti" in timm.list_models("mobilevig*")

@@ -172,13 +172,13 @@ def describe(options: VisionOptions, data: ImageData) -> dict[str, Any]:
     }
 
 
-def fine_tune(model: Any, weights: str, num_classes: int) -> None:
+def fine_tune(model: Any, weights: Any, num_classes: int) -> None:
     """Load a checkpoint of the published classes, then start a new head if theirs differ."""
     from manyheads.layers.keymap import read_weights
 
     read = read_weights(weights)
     heads = {t.shape[0] for n, t in read.items() if n.split(".")[0] in ("head", "fc", "aux_head")
-             and t.ndim == 2}  # fmt: skip
+             and t.ndim > 1}  # fmt: skip
     classes = heads.pop() if len(heads) == 1 else num_classes
     if classes != num_classes:
         model.reset_classifier(classes)

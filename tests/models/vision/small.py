@@ -92,6 +92,30 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "kernel_size": 5, "stride": 1},
         64,
     ),
+    "efficientformer": (
+        "efficientformer_l1",
+        {"depths": (1, 1, 1, 2), "embed_dims": (16, 24, 32, 40), "num_classes": 7,
+         "image_size": 64},
+        64,
+    ),
+    "efficientformer_one_head": (
+        "efficientformer_l1",
+        {"depths": (1, 1, 1, 2), "embed_dims": (16, 24, 32, 40), "num_classes": 7,
+         "token_blocks": 2, "num_heads": 3, "key_dim": 6, "distillation": False},
+        96,
+    ),
+    "mobilevig": (
+        "mobilevig_ti",
+        {"local_depths": (1, 1, 2), "local_dims": (8, 12, 16), "global_dims": (20,),
+         "head_dim": 24, "num_classes": 7},
+        64,
+    ),
+    "mobilevig_one_head": (
+        "mobilevig_ti",
+        {"local_depths": (1, 1), "local_dims": (8, 12), "global_depths": (1, 1),
+         "global_dims": (16, 20), "head_dim": 24, "num_classes": 7, "distillation": False},
+        64,
+    ),
 }  # fmt: skip
 
 

@@ -26,7 +26,9 @@ _FILES = (
     "manyheads.attention.aggregated.mixers",
     "manyheads.attention.dual_token.module",
     "manyheads.attention.grid.basic",
+    "manyheads.attention.grid.distance",
     "manyheads.attention.grid.outlook",
+    "manyheads.attention.grid.svga",
     "manyheads.attention.soft.module",
 )
 

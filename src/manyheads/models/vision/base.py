@@ -6,7 +6,7 @@ B batch, C channels, H and W rows and columns of an image or a map, S stages.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -52,9 +52,11 @@ def check_images(x: Tensor, in_channels: int, *, least: int = 1) -> None:
             raise ValueError(f"{name} {size} is below {least}, the least that the model takes")
 
 
-def run_blocks(blocks: Sequence[nn.Module] | nn.Module, x: Any, *, checkpointing: bool) -> Any:
+def run_blocks(
+    blocks: Sequence[Callable[[Any], Any]] | nn.Module, x: Any, *, checkpointing: bool
+) -> Any:
     """Apply blocks in turn; with ``checkpointing`` their insides are computed again backward."""
-    for block in cast(Iterator[nn.Module], blocks):
+    for block in cast(Iterator[Callable[[Any], Any]], blocks):
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, x, use_reentrant=False)
         else:
@@ -79,7 +81,7 @@ class VisionModel(Model):
     num_features: int
     feature_info: list[dict[str, Any]]
     grad_checkpointing: bool = False
-    classifier_names: ClassVar[tuple[str, ...]] = ("head",)
+    classifier_names: tuple[str, ...] = ("head",)
     first_conv: ClassVar[str] = "stem"
     crop_pct: ClassVar[float] = 0.9
     mean: ClassVar[tuple[float, float, float]] = IMAGENET_MEAN
