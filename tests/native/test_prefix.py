@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compare import assert_close
+from compare import assert_close, relative_error
 from manyheads.attention import AarenAttention, AarenConfig
 from manyheads.attention.aaren import AarenState, prefix_attention
 from manyheads.attention.aaren.definition import prefix_step
@@ -45,13 +45,18 @@ def compare(shape, *, started: bool = True, masked: bool = False, **options) -> 
         generator = torch.Generator().manual_seed(0)
         mask = torch.rand(shape[0], shape[2], generator=generator) > 0.3
     wanted = run(given, "scan", started=started, mask=mask)
-    own = run([t.float() for t in given], "native", started=started, mask=mask)
-    for index, (a, b) in enumerate(zip(own, wanted, strict=True)):
+    single = [t.float() for t in given]
+    own = run(single, "native", started=started, mask=mask)
+    # Where scores lie far apart their gradient is what is left of large terms: the PyTorch form
+    # in float32 says how much of it rounding leaves to anybody.
+    plain = run(single, "scan", started=started, mask=mask)
+    for index, (a, b, c) in enumerate(zip(own, wanted, plain, strict=True)):
         if b.numel():
             # A row without a real token has m = -inf.
             assert torch.equal(a == -torch.inf, b == -torch.inf), index
-            a, b = (t.masked_fill(t == -torch.inf, 0) for t in (a, b))
-            assert_close(a.double(), b, 1e-5, f"tensor {index}")
+            a, b, c = (t.masked_fill(t == -torch.inf, 0).double() for t in (a, b, c))
+            limit = max(1e-5, 2 * float(relative_error(c, b)))
+            assert_close(a, b, limit, f"tensor {index}")
 
 
 FULL = [s for s in SHAPES if 0 not in s]
