@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.gla import GLAState, gla_step
+from manyheads.layers.recurrent import short_scan
 
 # batch, heads, key heads, keys, values
 SHAPES = ((1, 1, 1, 1, 1), (2, 3, 3, 20, 33), (1, 4, 2, 64, 64), (3, 2, 1, 17, 130),
@@ -34,4 +35,11 @@ def calls() -> Iterator[None]:
         *token, memory = (t.float() for t in inputs(shape))
         with torch.no_grad():
             gla_step(GLAState(memory), *token)
+        yield
+        for length in (0, 1, 7):
+            batch, heads, _, dim, values = shape
+            sizes = ((length, dim), (length, dim), (length, values), (length, dim), (dim, values))
+            q, k, v, g, s = (torch.randn(batch, heads, *size) for size in sizes)
+            short_scan(q, k, v, -g.exp(), s)
+            short_scan(q, k, v, None, s)
         yield

@@ -17,6 +17,6 @@ def test_steps_and_centroids() -> None:
 
 @pytest.mark.slow
 def test_routing_finds_what_local_heads_cannot_reach() -> None:
-    found, near = (far_lookup(local, lambda _: None) for local in (2, 4))
+    found, near = (far_lookup(local, lambda _: None, seed=2) for local in (2, 4))
     assert near < 0.3
     assert found - near > 0.3

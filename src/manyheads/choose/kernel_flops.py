@@ -47,8 +47,13 @@ def _gla_step(a: Arguments, out: Any) -> int:
     return 2 * a["memory"].numel()
 
 
+def _recurrent(a: Arguments, out: Any) -> int:
+    return 2 * a["query"].numel() * a["value"].shape[-1]
+
+
 KERNELS: dict[str, Callable[[Arguments, Any], int]] = {
     "manyheads::gla_step": _gla_step,
+    "manyheads::recurrent_scan": _recurrent,
     "manyheads::aaren_step": lambda a, out: 0,
     "manyheads::prefix_softmax": _prefix,
     "manyheads::prefix_softmax_backward": _prefix_backward,

@@ -159,6 +159,7 @@ PAPER = Paper(
         "manyheads.attention.dual_token.DualTokenMixer",
         "manyheads.models.vision.dualtoken.DualTokenViT",
     ),
+    recipe="manyheads train vision --model dualtoken_vit_tiny --data images",
     claim=Claim(
         statement=(
             "Position-aware global tokens give a backbone of 0.5 to 1 GFLOPs the global context of "

@@ -132,7 +132,7 @@ PAPER = Paper(
         "manyheads.attention.grid.svga.SVGA",
         "manyheads.models.vision.mobilevig.MobileViG",
     ),
-    recipe="manyheads train vision --model mobilevig_ti",
+    recipe="manyheads train vision --model mobilevig_ti --data images",
     claim=Claim(
         statement=(
             "Ti is faster than MobileNetV2x1.4 at 75.7 % on ImageNet; B is faster and more "

@@ -28,6 +28,7 @@ _HEADS, _DIM = 2, 64
 _LENGTHS = (1024, 4096, 8192)
 _KEYS, _VALUES, _GAP = 12, 4, 24
 _STEPS, _BATCH, _RATE = 500, 32, 2e-3
+_SEEDS = (0, 1, 2)
 
 Progress = Callable[[str], None]
 
@@ -43,8 +44,12 @@ def measure(progress: Progress) -> Measurement:
     error = step_error()
     progress("centroids")
     alignment = centroid_alignment()
-    found = {n: far_lookup(local, progress) for n, local in (("routing", 2), ("local", 4))}
-    gap = found["routing"] - found["local"]
+    found = {
+        name: [far_lookup(local, progress, seed=seed) for seed in seeds]
+        for name, local, seeds in (("routing", 2, _SEEDS), ("local", 4, _SEEDS[:1]))
+    }
+    mean, near = sum(found["routing"]) / len(_SEEDS), found["local"][0]
+    gap = mean - near
     return Measurement(
         checks=(
             Check(
@@ -81,21 +86,23 @@ def measure(progress: Progress) -> Measurement:
                 bound="above 0.95",
             ),
             Check(
-                what="accuracy of a lookup beyond the local reach, minus local heads alone",
+                what="mean accuracy of a lookup beyond the local reach, minus local heads alone",
                 claimed="routing finds content that local attention cannot reach",
                 measured=gap,
                 direction=gap > 0,
                 size=gap > 0.3,
-                bound=f"above 0.3; {found['routing']:.2f} to {found['local']:.2f}",
+                bound=f"above 0.3; {mean:.2f} (worst {min(found['routing']):.2f}) to {near:.2f}",
             ),
         ),
         figures={"forward_backward_seconds": times, "lookup": found, "slopes": slopes},
         notes=(
             "growth: causal, shared queries and keys, sqrt(N) clusters and window, 2 heads of 64",
             f"lookup: two layers and {_STEPS} steps on bindings of {_KEYS} keys, asked for after "
-            f"{_GAP} empty places; chance is {1 / _VALUES:.2f}. One seed, and the same rate and "
-            "steps for both. So small a model trains unevenly: two other initialisations "
-            "reached 0.72 and 0.78, 400 steps 0.83, and at a rate of 5e-3 it hardly learned",
+            f"{_GAP} empty places; chance is {1 / _VALUES:.2f}. So small a model trains unevenly: "
+            f"{len(_SEEDS)} initialisations reached "
+            + ", ".join(f"{value:.2f}" for value in found["routing"])
+            + "; local heads, which cannot see the binding, were trained once, by the same rate "
+            "and steps",
             "perplexities of the paper (WikiText-103, PG-19, ImageNet-64) were not re-measured",
         ),
     )
@@ -162,14 +169,18 @@ def centroid_alignment() -> float:
     return float(F.cosine_similarity(kmeans.means[0], directions).min())
 
 
-def far_lookup(local_heads: int, progress: Progress, *, steps: int = _STEPS) -> float:
+def far_lookup(
+    local_heads: int, progress: Progress, *, steps: int = _STEPS, seed: int = 0
+) -> float:
     """Train two small layers to name what was bound to a key long before; return the accuracy.
 
     Args:
         local_heads: of four heads; the others route.
+        steps: of training.
+        seed: of the first weights.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         options = {
             "local_heads": local_heads, "clusters": 4, "window": 16, "block": 8, "relative": 16,
             "decay": 0.99,

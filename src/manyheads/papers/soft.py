@@ -195,6 +195,7 @@ PAPER = Paper(
         "manyheads.attention.soft.SoftAttention",
         "manyheads.models.vision.soft.SOFT",
     ),
+    recipe="manyheads train vision --model soft_tiny --data images",
     claim=Claim(
         statement=(
             "Attention without a softmax costs linear time and memory in the number of tokens, and "

@@ -193,6 +193,7 @@ PAPER = Paper(
         "manyheads.models.vision.transnext.ConvGLU",
         "manyheads.models.vision.transnext.TransNeXt",
     ),
+    recipe="manyheads train vision --model transnext_micro --data images",
     claim=Claim(
         statement=(
             "Every layer perceives the whole map at the cost of a window and a few pooled keys, "

@@ -218,6 +218,7 @@ PAPER = Paper(
         "manyheads.models.vision.volo.VOLO",
         "manyheads.models.vision.volo.token_label_loss",
     ),
+    recipe="manyheads train vision --model volo_d1 --data images",
     claim=Claim(
         statement=(
             "Outlook attention costs time linear in the places of a map, so that fine-level "

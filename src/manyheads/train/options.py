@@ -383,6 +383,9 @@ class URPETaskOptions(TrainOptions):
         return (self.task, None if self.multiplier else "bias-only")
 
 
+_SMALL_MODEL = '{"depths": [1, 1, 2, 1], "embed_dims": [32, 64, 96, 128], "patch": [3, 2, 1]}'
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionOptions(TrainOptions):
     """Train a vision backbone on labelled images.
@@ -393,9 +396,11 @@ class VisionOptions(TrainOptions):
         test_fraction: share of each class that is held out where the data come without a split.
         bad: what to do with a file that is no image.
         model: a backbone by name.
-        model_options: fields of its config that differ, as JSON.
+        model_options: fields of its config that differ, as JSON (default: none, or a small model
+          for small images where no model is named).
         weights: an official checkpoint to start from; a head of other classes is started anew.
-        image_size: rows and columns that images are cropped and scaled to.
+        image_size: rows and columns that images are cropped and scaled to (default: 224, or 32
+          where no model is named).
         crop: share of an image's side that evaluation crops.
         augment: timm's automatic augmentation, such as rand-m9-mstd0.5; none.
         least_area: least share of an image that a training crop shows.
@@ -425,11 +430,9 @@ class VisionOptions(TrainOptions):
     test_fraction: float = 0.2
     bad: str = field(default="raise", metadata={"choices": ("raise", "skip")})
     model: str = "poolformer_s12"
-    model_options: str = (
-        '{"depths": [1, 1, 2, 1], "embed_dims": [32, 64, 96, 128], "patch": [3, 2, 1]}'
-    )
+    model_options: str | None = None
     weights: str | None = None
-    image_size: int = 32
+    image_size: int | None = None
     crop: float = 1.0
     augment: str = "none"
     least_area: float = 0.6
@@ -451,6 +454,15 @@ class VisionOptions(TrainOptions):
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share from 0 to below 1")
         self.read_model_options()
 
+    def resolved(self) -> Self:
+        """Return a copy with the model's options and the size of images filled in, and the rest."""
+        small = self.model == "poolformer_s12" and not self.weights
+        size = self.image_size or (32 if small else 224)
+        options = self.model_options
+        if options is None:
+            options = _SMALL_MODEL if small and size <= 64 else "{}"
+        return TrainOptions.resolved(self.replace(image_size=size, model_options=options))
+
     def _least(self) -> dict[str, float]:
         return TrainOptions._least(self) | {"image_size": 1, "mixup": 0, "cutmix": 0}
 
@@ -464,7 +476,7 @@ class VisionOptions(TrainOptions):
             ValueError: no JSON object.
         """
         try:
-            read = json.loads(self.model_options)
+            read = json.loads(self.model_options or "{}")
         except ValueError as error:
             raise ValueError(f"model_options {self.model_options!r} is no JSON: {error}") from None
         if not isinstance(read, dict):

@@ -65,12 +65,12 @@ def prepare(options: VisionOptions) -> Prepared:
         "num_classes": len(data.class_names), "in_channels": data.in_channels,
     }  # fmt: skip
     if "image_size" in variant.config.to_dict() and "image_size" not in changes:
-        changes["image_size"] = options.image_size
+        changes["image_size"] = options.image_size or 224
     if "drop_path" in variant.config.to_dict() and options.drop_path is not None:
         changes["drop_path"] = options.drop_path
     with torch.no_grad():
         model = create_model(options.model, device="meta", **changes)
-        size = options.image_size
+        size = options.image_size or 224
         model.eval()(torch.empty(1, data.in_channels, size, size, device="meta"))
     if options.mixup or options.cutmix:
         part = options.batch_size // (options.devices * options.accumulate)

@@ -34,7 +34,7 @@ def transform(options: VisionOptions, in_channels: int, *, training: bool) -> An
     require_extra("timm", "vision", "manyheads train vision")
     from timm.data import create_transform
 
-    size = options.image_size
+    size = options.image_size or 224
     mean, std = statistics(in_channels)
     if not training:
         return create_transform(

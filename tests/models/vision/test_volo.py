@@ -34,7 +34,7 @@ def test_published_cost(name) -> None:
 def test_names_of_timm() -> None:
     import timm
 
-    for name in timm.list_models("volo*"):
+    for name in timm.list_models("volo*", module="volo"):
         theirs = timm.get_pretrained_cfg(name)
         cfg = create_model(name, device="meta").pretrained_cfg
         for key in ("input_size", "crop_pct", "mean", "std", "first_conv", "classifier"):

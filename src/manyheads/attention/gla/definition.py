@@ -147,8 +147,8 @@ def _step_op(
     out, after = value.new_empty(value.shape), memory.new_empty(memory.shape)
     batch, heads, dim = query.shape
     inputs = (t.contiguous() for t in (query, key, value, log_decay, memory))
-    sizes = (batch * heads, dim, value.shape[2], torch.get_num_threads())
-    lib("recurrent_step", *inputs, after, out, sizes)
+    sizes = (batch * heads, 1, dim, value.shape[2], torch.get_num_threads())
+    lib("recurrent_scan", *inputs, after, out, sizes)
     return out, after
 
 

@@ -17,6 +17,7 @@ from manyheads.attention.gla.fast import gla_chunked
 from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv, repeat_kv
 from manyheads.layers.ragged import check_mask, map_packed
+from manyheads.layers.recurrent import has_short_scan, short_scan
 
 __all__ = ["gla", "gla_update"]
 
@@ -138,10 +139,13 @@ def gla_update(
         memory = q.new_zeros(batch, heads, dim, v.shape[-1])
     else:
         memory = state.memory.to(work)
+    short = implementation == "auto" and has_short_scan(q, k, v, g, memory)
     if implementation == "auto":
         implementation = "recurrent" if length < _RECURRENT_BELOW else "chunked"
     if length == 0:
         out = q.new_zeros(batch, heads, 0, v.shape[-1])
+    elif short:
+        out, memory = short_scan(q * scale, k, v, g, memory)
     elif implementation == "recurrent":
         out, memory = gla_recurrence(q, k, v, g, memory, scale=scale)
     elif implementation == "parallel":

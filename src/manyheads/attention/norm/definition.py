@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manyheads.layers.heads import check_qkv, repeat_kv
 from manyheads.layers.norms import simple_rms_norm
+from manyheads.layers.recurrent import has_short_scan, short_scan
 
 __all__ = ["NormState", "norm_over_heads", "norm_reference", "norm_step", "norm_weights"]
 
@@ -100,9 +101,13 @@ def norm_step(
     """
     heads = query.shape[1]
     key, value = key.to(state.memory), value.to(state.memory)
-    memory = torch.addcmul(state.memory, key[..., None], value[..., None, :])
-    q = query.to(memory) if scale is None else query.to(memory) * scale
-    out = q[:, :, None] @ repeat_kv(memory, heads)  # (B, H, 1, V)
+    q = query.to(state.memory) if scale is None else query.to(state.memory) * scale
+    token = (q[:, :, None], key[:, :, None], value[:, :, None])
+    if heads == key.shape[1] and has_short_scan(*token, state.memory):
+        out, memory = short_scan(*token, None, state.memory)  # (B, H, 1, V)
+    else:
+        memory = torch.addcmul(state.memory, key[..., None], value[..., None, :])
+        out = q[:, :, None] @ repeat_kv(memory, heads)
     if normalize:
         out = norm_over_heads(out, eps=eps)
     return out.squeeze(2).to(query.dtype), NormState(memory)

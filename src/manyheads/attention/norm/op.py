@@ -16,6 +16,7 @@ from manyheads.errors import unknown_name
 from manyheads.layers.heads import check_qkv, repeat_kv
 from manyheads.layers.linear import causal_linear
 from manyheads.layers.ragged import check_mask, map_packed
+from manyheads.layers.recurrent import has_short_scan, short_scan
 
 __all__ = ["norm", "norm_update"]
 
@@ -141,7 +142,9 @@ def norm_update(
     else:
         memory = state.memory.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        if implementation == "recurrent":
+        if implementation == "auto" and group == 1 and has_short_scan(q, k, v, memory):
+            out, memory = short_scan(q, k, v, None, memory)
+        elif implementation == "recurrent":
             out, memory = _recurrent(q, k, v, memory)
         elif implementation == "parallel":
             out = norm_reference(q, k, v, is_causal=True, normalize=False)
