@@ -92,7 +92,7 @@ def test_intermediates() -> None:
     assert all(torch.equal(a, b) for a, b in zip(early, all_, strict=False))
     assert len(model.forward_intermediates(x, 2, intermediates_only=True)) == 2
     for wrong in ([4], [-5]):
-        with pytest.raises(ValueError, match="stages 0 to 3"):
+        with pytest.raises(ValueError, match="give -4 to 3"):
             model.forward_intermediates(x, wrong)
     with pytest.raises(ValueError, match="output_fmt"):
         model.forward_intermediates(x, output_fmt="NLC")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from manyheads.data.seeding import generator
+from manyheads.data.seeding import hold_out_indices
 from manyheads.errors import nearest, require_extra
 
 __all__ = ["BUILTIN_IMAGES", "SUFFIXES", "ImageData", "ImageSplit", "load_images", "open_image"]
@@ -51,7 +51,6 @@ class ImageData:
         train, test: the splits; nothing is left out but what ``skipped`` names.
         class_names: by number.
         in_channels: 1 where all images are grey, else 3.
-        size: rows and columns of the largest image among the first hundred.
         sha256: of all images and labels.
         skipped: files that are no images.
     """
@@ -61,7 +60,6 @@ class ImageData:
     test: ImageSplit
     class_names: tuple[str, ...]
     in_channels: int
-    size: tuple[int, int]
     sha256: str
     skipped: tuple[str, ...] = ()
 
@@ -166,7 +164,7 @@ def _json_digits(folder: Path, test_fraction: float, seed: int) -> ImageData:
         labels += [digit] * len(rows)
     whole = ImageSplit(images, np.asarray(labels))
     names = tuple(str(i) for i in range(10))
-    return _assembled("digits", *_split(whole, test_fraction, seed, names), names)
+    return _assembled("digits", *_split(whole, test_fraction, seed), names)
 
 
 def _emoji(test_fraction: float, seed: int) -> ImageData:
@@ -193,7 +191,7 @@ def _emoji(test_fraction: float, seed: int) -> ImageData:
     names = tuple(kept)
     images = [image for rows in kept.values() for image in rows]
     labels = np.asarray([i for i, rows in enumerate(kept.values()) for _ in rows])
-    split = _split(ImageSplit(images, labels), test_fraction, seed, names)
+    split = _split(ImageSplit(images, labels), test_fraction, seed)
     return _assembled("emoji by Unicode block", *split, names)
 
 
@@ -217,7 +215,7 @@ def _folder(folder: Path, test_fraction: float, seed: int, bad: Bad) -> ImageDat
     skipped: list[str] = []
     if train is None or test is None:
         whole = _read(root, names, bad, skipped)
-        split = _split(whole, test_fraction, seed, names)
+        split = _split(whole, test_fraction, seed)
     else:
         extra = {p.name for p in test.iterdir() if p.is_dir()} - set(names)
         if extra:
@@ -258,21 +256,11 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _split(
-    whole: ImageSplit, fraction: float, seed: int, names: Sequence[str]
-) -> tuple[ImageSplit, ImageSplit]:
-    """Hold out a share of each class, at least one image of it."""
-    held = np.zeros(len(whole), dtype=bool)
-    for number, name in enumerate(names):
-        members = np.flatnonzero(whole.labels == number)
-        count = max(1, round(len(members) * fraction))
-        if count >= len(members):
-            raise ValueError(
-                f"class {name!r} has {len(members)} images: too few to hold {count} out; give "
-                "more, or a smaller test_fraction"
-            )
-        held[members[generator(seed, number).permutation(len(members))[:count]]] = True
-    return whole.take(np.flatnonzero(~held).tolist()), whole.take(np.flatnonzero(held).tolist())
+def _split(whole: ImageSplit, fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:
+    train, test = hold_out_indices(
+        whole.labels, fraction, seed, option="test_fraction", what="images"
+    )
+    return whole.take(train), whole.take(test)
 
 
 def _assembled(
@@ -287,12 +275,8 @@ def _assembled(
         digest.update(split.labels.astype(np.int64).tobytes())
         for image in split.images:
             digest.update(image.tobytes() if isinstance(image, np.ndarray) else image.read_bytes())
-    first = [train.images[i] for i in range(min(100, len(train)))]
-    grey = all(_is_grey(image) for image in first)
-    channels = 1 if grey else 3
-    sizes = [open_image(image, channels).size for image in first]
-    size = max(h for _, h in sizes), max(w for w, _ in sizes)
-    return ImageData(name, train, test, class_names, channels, size, digest.hexdigest(), skipped)
+    channels = 1 if all(map(_is_grey, (*train.images, *test.images))) else 3
+    return ImageData(name, train, test, class_names, channels, digest.hexdigest(), skipped)
 
 
 def _is_grey(image: Any) -> bool:

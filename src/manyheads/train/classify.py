@@ -9,13 +9,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.data import SERIES, SeriesData, SeriesSplit, load_series
-from manyheads.data.seeding import generator
+from manyheads.data.seeding import epoch_indices, hold_out_indices
 from manyheads.errors import nearest
 from manyheads.models.language.mixer_encoder import MixerEncoder, MixerEncoderConfig
 from manyheads.train.files import write_json
@@ -219,26 +218,14 @@ def hold_out(
     """
     if not fraction:
         return split, None
-    held = torch.zeros(len(split.labels), dtype=torch.bool)
-    for label in split.labels.unique().tolist():
-        members = (split.labels == label).nonzero().flatten()
-        count = max(1, round(len(members) * fraction))
-        if count == len(members):
-            raise ValueError(
-                f"valid_fraction {fraction} leaves no training series of a class that has "
-                f"{len(members)}: give less, or 0"
-            )
-        held[members[generator(seed, label).permutation(len(members))[:count]]] = True
-    train, valid = (~held).nonzero().flatten(), held.nonzero().flatten()
-    return take(split, train), take(split, valid)
+    train, valid = hold_out_indices(
+        split.labels.numpy(), fraction, seed, option="valid_fraction", what="series"
+    )
+    return take(split, torch.tensor(train)), take(split, torch.tensor(valid))
 
 
 class SeriesBatches:
-    """Endless training batches; batch k is a pure function of (seed, k, rank, world_size).
-
-    Every series occurs once an epoch, none is dropped; batches run on over the border of epochs.
-    Two processes with batch 4 see the series of one process with batch 8.
-    """
+    """Endless training batches; batch k is a pure function of (seed, k, rank, world_size)."""
 
     def __init__(
         self, split: SeriesSplit, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
@@ -248,15 +235,8 @@ class SeriesBatches:
 
     def batch(self, step: int) -> SeriesSplit:
         """Return batch ``step`` of this process."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        numbers = range(first, first + self.batch_size)
-        orders = {epoch: self._order(epoch) for epoch in {n // self._count for n in numbers}}
-        index = [int(orders[n // self._count][n % self._count]) for n in numbers]
+        index = epoch_indices(
+            step, len(self.split.labels), batch_size=self.batch_size, seed=self.seed,
+            rank=self.rank, world_size=self.world_size,
+        )  # fmt: skip
         return take(self.split, torch.tensor(index))
-
-    @property
-    def _count(self) -> int:
-        return len(self.split.labels)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return generator(self.seed, epoch).permutation(self._count)

@@ -157,6 +157,16 @@ class TrainOptions(Config):
         return shlex.join(words)
 
 
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        read = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} {text!r} is no JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{name} {text!r} must be a JSON object, such as '{{}}'")
+    return read
+
+
 def _choices(options: type[Config]) -> dict[str, tuple[Any, ...]]:
     fields = dataclasses.fields(options)
     return {f.name: f.metadata["choices"] for f in fields if "choices" in f.metadata}
@@ -203,11 +213,8 @@ class MixerOptions(TrainOptions):
         Raises:
             ValueError: no JSON object of objects.
         """
-        try:
-            read = json.loads(self.mixer_options)
-        except ValueError as error:
-            raise ValueError(f"mixer_options {self.mixer_options!r} is no JSON: {error}") from None
-        if not isinstance(read, dict) or not all(isinstance(v, dict) for v in read.values()):
+        read = _json_object("mixer_options", self.mixer_options)
+        if not all(isinstance(v, dict) for v in read.values()):
             raise ValueError(
                 f"mixer_options {self.mixer_options!r} must map mechanisms to options: "
                 """'{"gla": {"conv_size": 4}}'"""
@@ -475,12 +482,7 @@ class VisionOptions(TrainOptions):
         Raises:
             ValueError: no JSON object.
         """
-        try:
-            read = json.loads(self.model_options or "{}")
-        except ValueError as error:
-            raise ValueError(f"model_options {self.model_options!r} is no JSON: {error}") from None
-        if not isinstance(read, dict):
-            raise ValueError(f"model_options {self.model_options!r} must be a JSON object")
+        read = _json_object("model_options", self.model_options or "{}")
         return {k: tuple(v) if isinstance(v, list) else v for k, v in read.items()}
 
 

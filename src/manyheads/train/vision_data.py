@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from manyheads.data.images import ImageSplit, open_image
-from manyheads.data.seeding import generator
+from manyheads.data.seeding import epoch_indices
 from manyheads.errors import require_extra
 from manyheads.train.options import VisionOptions
 
@@ -70,10 +70,7 @@ def mixing(options: VisionOptions, num_classes: int) -> Any:
 
 
 class ImageBatches:
-    """Endless training batches; batch k is a pure function of (seed, k, rank, world_size).
-
-    Every image occurs once an epoch, none is dropped; batches run on over the border of epochs.
-    """
+    """Endless training batches; batch k is a pure function of (seed, k, rank, world_size)."""
 
     def __init__(
         self,
@@ -92,13 +89,10 @@ class ImageBatches:
 
     def batch(self, step: int) -> Images:
         """Return batch ``step`` of this process."""
-        count = len(self.split)
-        first = (step * self.world_size + self.rank) * self.batch_size
-        numbers = range(first, first + self.batch_size)
-        orders = {
-            e: generator(self.seed, e).permutation(count) for e in {n // count for n in numbers}
-        }
-        index = [int(orders[n // count][n % count]) for n in numbers]
+        index = epoch_indices(
+            step, len(self.split), batch_size=self.batch_size, seed=self.seed, rank=self.rank,
+            world_size=self.world_size,
+        )  # fmt: skip
         with _drawing((self.seed, step, self.rank)):
             images = [self.make(open_image(self.split.images[i], self.in_channels)) for i in index]
             x, labels = torch.stack(images), torch.from_numpy(self.split.labels[index])

@@ -22,6 +22,7 @@ from manyheads.layers.grid import resize_positions
 from manyheads.layers.keymap import KeyMap, convert, rename, split
 from manyheads.layers.mlp import MLP
 from manyheads.models.base import Model, register_variants
+from manyheads.models.vision.features import indices_of
 
 __all__ = ["FlowformerVision", "FlowformerVisionConfig"]
 
@@ -215,14 +216,7 @@ class FlowformerVision(Model):
         count = len(self.stages)
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
-        if indices is None:
-            indices = range(count)
-        elif isinstance(indices, int):
-            indices = range(count - indices, count)
-        for i in indices:
-            if not -count <= i < count:
-                raise ValueError(f"stage {i} is not there: this model has stages 0 to {count - 1}")
-        wanted = {i % count for i in indices}
+        wanted = indices_of(indices, count, what="stage")
         found: list[Tensor] = []
         for i in range(count):
             if stop_early and intermediates_only and i > max(wanted):

@@ -20,6 +20,7 @@ from manyheads.layers.grid import resize_positions
 from manyheads.layers.keymap import KeyMap
 from manyheads.models.base import Model, register_variants
 from manyheads.models.language.orchid_blocks import OrchidBlock, initialise
+from manyheads.models.vision.features import indices_of
 
 __all__ = ["OrchidVision", "OrchidVisionConfig"]
 
@@ -162,14 +163,7 @@ class OrchidVision(Model):
         count = len(self.blocks)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
-        if indices is None:
-            indices = range(count)
-        elif isinstance(indices, int):
-            indices = range(count - indices, count)
-        for i in indices:
-            if not -count <= i < count:
-                raise ValueError(f"block {i} is not there: this model has blocks 0 to {count - 1}")
-        wanted = {i % count for i in indices}
+        wanted = indices_of(indices, count, what="block")
         x, grid = self._embed(x)
         found: list[Tensor] = []
         for i, block in enumerate(self.blocks):
