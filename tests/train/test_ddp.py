@@ -11,34 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from compare import relative_error
 from manyheads.cli import main
-from manyheads.models import load_model
 from manyheads.train.checkpoint import read_checkpoint
-from train.compare_runs import assert_equal_to_the_bit, figures, metrics
+from train.compare_runs import assert_equal_to_rounding, assert_equal_to_the_bit
 from train.conftest import tiny_flags
 
 FOUR = ("--batch-size", "4", "--learning-rate", "3e-3")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def assert_equal_to_rounding(a: Path, b: Path) -> None:
-    rows_a, rows_b = metrics(a), metrics(b)
-    # One writer: no row twice.
-    assert [r["step"] for r in rows_a] == [r["step"] for r in rows_b]
-    for row_a, row_b in zip(rows_a, rows_b, strict=True):
-        for name, value in row_a.items():
-            if value or row_b[name]:
-                # Loss, norm of the gradient, rate and held-out figure.
-                assert float(value) == pytest.approx(float(row_b[name]), rel=2e-5), name
-    for name, value in figures(a).items():
-        # The number of held-out bytes is equal: nothing counts twice, nothing is left out.
-        assert value == pytest.approx(figures(b)[name], rel=2e-5), name
-    names = [sorted(p.name for p in folder.iterdir()) for folder in (a, b)]
-    assert names[0] == names[1]
-    states = [dict(load_model(folder).named_parameters()) for folder in (a, b)]
-    for name, parameter in states[0].items():
-        assert relative_error(parameter, states[1][name]) < 2e-3, name
 
 
 def command(text: Path, *words: str) -> list[str]:

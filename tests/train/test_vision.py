@@ -18,7 +18,12 @@ from manyheads.data.images import load_images, open_image
 from manyheads.models import create_model, load_model
 from manyheads.train.options import VisionOptions
 from manyheads.train.vision_data import ImageBatches, transform
-from train.compare_runs import assert_equal_to_the_bit, figures, metrics
+from train.compare_runs import (
+    assert_equal_to_rounding,
+    assert_equal_to_the_bit,
+    figures,
+    metrics,
+)
 
 SMALL = '{"depths": [1, 1, 1, 1], "embed_dims": [8, 12, 16, 20], "patch": [3, 2, 1]}'
 TINY = (
@@ -162,12 +167,11 @@ def test_fine_tuning_starts_from_a_checkpoint_of_other_classes(tmp_path) -> None
 
 def test_two_processes_are_one(tmp_path) -> None:
     write_folder(Path("data"))
+    # With pooling a norm's bias has no gradient but rounding, which Adam would make steps of.
+    sizes = '{"depths": [1, 1], "embed_dims": [8, 16], "mlp_ratios": [2, 2], "num_heads": [2, 2],'
+    sizes += ' "mixers": "attention", "norm": "channel", "layer_scale": null, "patch": [3, 2, 1]}'
+    more = ("--augment", "rand-m5-mstd0.5", "--flip", "--erase", 0.3, "--drop-path", 0)
     for name, devices in (("one", 1), ("two", 2)):
-        assert vision("--data", "data", "--out", name, "--devices", devices) == 0
-    losses = [
-        [float(r["loss"]) for r in metrics(tmp_path / n) if r["loss"]] for n in ("one", "two")
-    ]
-    # Every process draws crops of its own, so that the two runs agree in kind alone.
-    assert len(losses[0]) == len(losses[1])
-    assert losses[0] == pytest.approx(losses[1], rel=0.2)
-    assert figures(tmp_path / "two")["test_images"] == figures(tmp_path / "one")["test_images"]
+        words = ("--data", "data", "--model-options", sizes, "--out", name, "--devices", devices)
+        assert vision(*words, *more) == 0
+    assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")

@@ -14,7 +14,7 @@ from manyheads.native import library
 
 __all__ = ["SHORT", "has_short_scan", "short_scan"]
 
-SHORT = 64  # tokens up to which the recurrence is faster than products over chunks
+SHORT = 64  # tokens at most: one chunk of what products over chunks would do
 
 
 def has_short_scan(*inputs: Tensor) -> bool:

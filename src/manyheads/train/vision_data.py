@@ -70,7 +70,10 @@ def mixing(options: VisionOptions, num_classes: int) -> Any:
 
 
 class ImageBatches:
-    """Endless training batches; batch k is a pure function of (seed, k, rank, world_size)."""
+    """Endless training batches; batch k is a pure function of (seed, k, rank, world_size).
+
+    Two processes with batch 4 see what one with batch 8 sees, but for pairs that are mixed.
+    """
 
     def __init__(
         self,
@@ -93,10 +96,15 @@ class ImageBatches:
             step, len(self.split), batch_size=self.batch_size, seed=self.seed, rank=self.rank,
             world_size=self.world_size,
         )  # fmt: skip
-        with _drawing((self.seed, step, self.rank)):
-            images = [self.make(open_image(self.split.images[i], self.in_channels)) for i in index]
-            x, labels = torch.stack(images), torch.from_numpy(self.split.labels[index])
-            if self.mix is not None:
+        first = (step * self.world_size + self.rank) * self.batch_size
+        images = []
+        for place, i in enumerate(index):
+            # By the sample's number, so that it does not matter which process draws for it.
+            with _drawing((self.seed, first + place)):
+                images.append(self.make(open_image(self.split.images[i], self.in_channels)))
+        x, labels = torch.stack(images), torch.from_numpy(self.split.labels[index])
+        if self.mix is not None:
+            with _drawing((self.seed, step, self.rank)):
                 x, labels = self.mix(x, labels)
         return Images(x, labels)
 
