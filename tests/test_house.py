@@ -24,6 +24,7 @@ RANKS = {
     "compress": 5,
     "data": 5,
     "choose": 6,
+    "shrink": 7,
     "train": 7,
     "inspect": 7,
     "papers": 8,

@@ -69,6 +69,11 @@ VERBS: dict[str, Verb] = {
             ),
         },
     ),
+    "shrink": Verb(
+        "make a model that exists already smaller or faster, and measure the loss",
+        "manyheads.shrink.options:ShrinkOptions",
+        "manyheads.shrink.verb:run",
+    ),
     "generate": Verb(
         "continue a prompt with a trained model",
         "manyheads.train.generate:GenerateOptions",

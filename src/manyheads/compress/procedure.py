@@ -218,6 +218,16 @@ class Procedure:
         raise NotImplementedError
 
     @classmethod
+    def candidates(cls, model: nn.Module, given: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return settings from mild to strong for a search; empty where there is nothing to try.
+
+        Args:
+            model: to be shrunk.
+            given: settings that are fixed already.
+        """
+        return []
+
+    @classmethod
     def is_stock(cls, structure: dict[str, Any], model: nn.Module) -> bool:
         """Return whether the original library's own class can express the result."""
         return False
