@@ -239,7 +239,7 @@ class BertEncoder(Model):
             bias = bias | ~mask.any(1)[:, None, None, None]
         table = self.embeddings
         x = table["word_embeddings"](tokens)
-        x = x + table["position_embeddings"].weight[:length]
+        x = x + cast(nn.Embedding, table["position_embeddings"]).weight[:length]
         x = x + table["token_type_embeddings"](
             torch.zeros_like(tokens) if segments is None else segments
         )
@@ -261,7 +261,7 @@ class BertEncoder(Model):
         """
         if self.pooler is None:
             raise ValueError("the model has no pooler: build it with add_pooler=True")
-        return torch.tanh(cast(nn.ModuleDict, self.pooler)["dense"](features[:, 0]))
+        return torch.tanh(self.pooler["dense"](features[:, 0]))
 
     def load_official(self, source: str | PathLike[str] | Mapping[str, Tensor]) -> Self:
         """Load weights of a BERT, strictly: names may start with ``bert.``; returns self.
