@@ -129,7 +129,9 @@ def test_verbs_are_pinned() -> None:
         "choose", "train", "generate", "predict", "bench", "claims", "papers", "list", "draw",
         "native", "doctor",
     ]  # fmt: skip
-    assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "vision", "urpe-tasks"]
+    assert list(VERBS["train"].kinds or ()) == [
+        "lm", "classify", "recall", "vision", "distil", "urpe-tasks",
+    ]  # fmt: skip
     assert list(VERBS["native"].kinds or ()) == ["build", "status"]
 
 

@@ -9,14 +9,14 @@ C teacher width, r student width, N tokens seen.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.models.language.bert import BertEncoder
 
-__all__ = ["Streams", "start_from_teacher", "stream_basis", "teacher_layers"]
+__all__ = ["Streams", "collect_streams", "start_from_teacher", "stream_basis", "teacher_layers"]
 
 _POOLED_SHARE = 1.0
 
@@ -46,7 +46,7 @@ def teacher_layers(teacher: int, student: int) -> tuple[int, ...]:
 @torch.no_grad()
 def collect_streams(teacher: BertEncoder, batches: list[tuple[Tensor, Tensor]]) -> Streams:
     """Run a teacher over (tokens, mask) batches and keep what its layers see at real tokens."""
-    layers = list(cast(nn.ModuleList, teacher.encoder["layer"]))
+    layers: list[Any] = list(cast(nn.ModuleList, teacher.encoder["layer"]))
     kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
     pooled, mask_now = [], [torch.empty(0)]
 
@@ -57,7 +57,7 @@ def collect_streams(teacher: BertEncoder, batches: list[tuple[Tensor, Tensor]]) 
         return hook
 
     hooks = [
-        layer.attention["self"].query.register_forward_hook(listen(i))  # type: ignore[union-attr]
+        layer.attention["self"].query.register_forward_hook(listen(i))
         for i, layer in enumerate(layers)
     ]
     try:
@@ -132,14 +132,14 @@ def start_from_teacher(
     return student
 
 
-def _norm(own: nn.Module, theirs: nn.Module, basis: Tensor) -> None:
+def _norm(own: Any, theirs: Any, basis: Tensor) -> None:
     """Keep the length of what the norm puts out: r coordinates instead of C carry it."""
     grow = (basis.shape[0] / basis.shape[1]) ** 0.5
-    own.weight.copy_((basis**2 * theirs.weight[:, None]).sum(0) * grow)  # type: ignore[operator]
-    own.bias.copy_(theirs.bias @ basis)  # type: ignore[operator]
+    own.weight.copy_((basis**2 * theirs.weight[:, None]).sum(0) * grow)
+    own.bias.copy_(theirs.bias @ basis)
 
 
-def _attention(own: nn.Module, theirs: nn.Module, seen: Tensor, basis: Tensor) -> None:
+def _attention(own: Any, theirs: Any, seen: Tensor, basis: Tensor) -> None:
     core, target = theirs.attention["self"], own.attention["self"]
     heads, old, new = core.num_heads, core.head_dim, target.head_dim
     root, inverse = _roots(seen @ basis)
@@ -166,7 +166,7 @@ def _attention(own: nn.Module, theirs: nn.Module, seen: Tensor, basis: Tensor) -
     _norm(own.attention["output"].LayerNorm, theirs.attention["output"].LayerNorm, basis)
 
 
-def _mlp(own: nn.Module, theirs: nn.Module, seen: Tensor, basis: Tensor) -> None:
+def _mlp(own: Any, theirs: Any, seen: Tensor, basis: Tensor) -> None:
     up, down = theirs.intermediate["dense"], theirs.output.dense
     # What the attention adds before is small beside the stream: its input ranks the units.
     busy = theirs.act(up(seen)).square().mean(0) * (down.weight.mT @ basis).square().sum(1)
