@@ -9,6 +9,7 @@ C teacher width, r student width, N tokens seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,9 +49,10 @@ def collect_streams(teacher: BertEncoder, batches: list[tuple[Tensor, Tensor]]) 
     """Run a teacher over (tokens, mask) batches and keep what its layers see at real tokens."""
     layers: list[Any] = list(cast(nn.ModuleList, teacher.encoder["layer"]))
     kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
-    pooled, mask_now = [], [torch.empty(0)]
+    pooled: list[Tensor] = []
+    mask_now: list[Tensor] = [torch.zeros(0)]
 
-    def listen(place: int):  # type: ignore[no-untyped-def]
+    def listen(place: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             kept[place].append(args[0][mask_now[0]])
 
@@ -125,10 +127,10 @@ def start_from_teacher(
     chosen = teacher_layers(t.num_hidden_layers, s.num_hidden_layers)
     _norm(student.embeddings["LayerNorm"], teacher.embeddings["LayerNorm"], basis)
     layers = cast(nn.ModuleList, student.encoder["layer"])
-    for own, place in zip(layers, chosen, strict=True):
-        theirs = cast(nn.ModuleList, teacher.encoder["layer"])[place]
-        _attention(own, theirs, streams.states[place], basis)
-        _mlp(own, theirs, streams.states[place], basis)
+    for layer, place in zip(layers, chosen, strict=True):
+        source = cast(nn.ModuleList, teacher.encoder["layer"])[place]
+        _attention(layer, source, streams.states[place], basis)
+        _mlp(layer, source, streams.states[place], basis)
     return student
 
 
