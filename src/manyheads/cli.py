@@ -62,6 +62,11 @@ VERBS: dict[str, Verb] = {
                 "manyheads.train.vision:VisionOptions",
                 "manyheads.train.vision:run",
             ),
+            "distil": Verb(
+                "a smaller BERT from a trained one, by MiniLM's losses",
+                "manyheads.train.distil_options:DistilOptions",
+                "manyheads.train.distil:run",
+            ),
             "urpe-tasks": Verb(
                 "the two synthetic position tasks of URPE",
                 "manyheads.train.urpe_tasks:URPETaskOptions",
