@@ -127,7 +127,7 @@ def test_help_answers_at_once() -> None:
 
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
-        "choose", "train", "generate", "predict", "bench", "claims", "papers", "list", "draw",
+        "choose", "train", "shrink", "generate", "predict", "bench", "claims", "papers", "list", "draw",
         "native", "doctor",
     ]  # fmt: skip
     assert list(VERBS["train"].kinds or ()) == [
