@@ -171,3 +171,17 @@ def test_official_configs_are_strict() -> None:
     mask = torch.tensor([[False, True]])
     with pytest.raises(ValueError, match="padding"):
         model.update(torch.tensor([[1, 2]]), model.init_state(1), mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_a_landmark_is_never_generated(kind) -> None:
+    model = build(kind)
+    head = torch.nn.Linear(24, 31).requires_grad_(False)
+    head.bias.zero_()[30] = 1e3
+    model.head = head
+    assert model(torch.zeros(1, 3, dtype=torch.long)).argmax(-1).unique().tolist() == [30]
+    tokens = torch.stack(
+        list(model.generate(torch.zeros(2, 7, dtype=torch.long), max_new_tokens=9))
+    )
+    assert tokens.shape == (9, 2)
+    assert int(tokens.max()) < 30

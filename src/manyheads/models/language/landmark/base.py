@@ -108,6 +108,11 @@ class LandmarkLM(CausalLM):
     def _blocks(self) -> list[LandmarkBlock]:
         return cast(list[LandmarkBlock], list(self.layers))
 
+    @property
+    def never_generated(self) -> tuple[int, ...]:
+        # Landmarks are put in by place; one that is drawn would have no block to stand for.
+        return (self.config.landmark_id,)
+
     def _init(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
