@@ -37,6 +37,7 @@ from manyheads.attention.landmark.op import (
 from manyheads.attention.landmark.recall import attend_with_memory
 from manyheads.attention.landmark.tokens import (
     insert_landmarks,
+    landmark_jumps,
     landmark_places,
     strip_landmarks,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "insert_landmarks",
     "landmark",
     "landmark_groups",
+    "landmark_jumps",
     "landmark_places",
     "landmark_reference",
     "landmark_step",

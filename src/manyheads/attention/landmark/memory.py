@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from manyheads.attention.landmark.op import check_block_size
+from manyheads.attention.landmark.definition import check_block_size
 from manyheads.attention.landmark.select import best_blocks, grouped_scores, turn
 from manyheads.attention.landmark.store import BlockStore
 from manyheads.errors import unknown_name
