@@ -7,7 +7,7 @@
 // R(-t) q = cos(t) q + sin(t) q', q' being q with the channels of each pair exchanged and the sign in
 // the table.
 //
-// Without it: a token that fetches four blocks takes six times as long.
+// Without it: a token takes many small operators, and copies every block that it fetches.
 
 #include <algorithm>
 #include <cfloat>
