@@ -127,9 +127,12 @@ def test_help_answers_at_once() -> None:
 def test_verbs_are_pinned() -> None:
     assert list(VERBS) == [
         "choose", "train", "generate", "predict", "bench", "claims", "papers", "list", "draw",
-        "native", "doctor",
+        "inspect", "native", "doctor",
     ]  # fmt: skip
-    assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "vision", "urpe-tasks"]
+    assert list(VERBS["train"].kinds or ()) == [
+        "lm", "classify", "recall", "vision", "ia-red2", "urpe-tasks",
+    ]  # fmt: skip
+    assert list(VERBS["inspect"].kinds or ()) == ["drop"]
     assert list(VERBS["native"].kinds or ()) == ["build", "status"]
 
 

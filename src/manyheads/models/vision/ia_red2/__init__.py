@@ -12,6 +12,7 @@ from manyheads.models.vision.ia_red2.policy import (
     policy_gradient_loss,
     reward,
 )
+from manyheads.models.vision.ia_red2.video import IARed2Video, IARed2VideoConfig
 from manyheads.models.vision.ia_red2.wrap import DroppingViT, wrap
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "DroppingViT",
     "IARed2",
     "IARed2Config",
+    "IARed2Video",
+    "IARed2VideoConfig",
     "Interpreter",
     "Outcome",
     "bounded",

@@ -38,7 +38,7 @@ class IARed2Config(Config):
     patch_size: int = 16
     image_size: int | tuple[int, int] = 224
     interpreter_heads: int = 6
-    first_score: float = 0.9
+    first_score: float = 0.7
     threshold: float = 0.5
     in_channels: int = 3
     num_classes: int = 1000

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.layers.precision import no_autocast
+
 __all__ = ["Interpreter", "interpreter_reference"]
 
 _EPS = 1e-5
@@ -60,7 +62,7 @@ class Interpreter(nn.Module):
         (torch.Size([2, 11]), True)
     """
 
-    def __init__(self, dim: int, num_heads: int = 6, *, first_score: float = 0.9) -> None:
+    def __init__(self, dim: int, num_heads: int = 6, *, first_score: float = 0.7) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of {num_heads} interpreter heads")
@@ -79,7 +81,7 @@ class Interpreter(nn.Module):
 
     def forward(self, x: Tensor, alive: Tensor | None = None) -> Tensor:
         """Return scores (B, N) of tokens (B, N, C); ``alive`` (B, N) as in the reference."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             x = x if x.dtype == torch.float64 else x.float()
             weight, bias = self.qk.weight.to(x.dtype), self.qk.bias.to(x.dtype)
             dim, heads = x.shape[2], self.num_heads

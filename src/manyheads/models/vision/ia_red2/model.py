@@ -29,7 +29,7 @@ from manyheads.models.vision.ia_red2.config import VARIANTS, IARed2Config
 from manyheads.models.vision.ia_red2.dropping import Dropping
 from manyheads.models.vision.ia_red2.tokens import Tokens, scatter
 
-__all__ = ["IARed2"]
+__all__ = ["PARTS", "IARed2", "resize_tokens"]
 
 
 class _Stage(NamedTuple):
@@ -149,7 +149,7 @@ class IARed2(Dropping, VisionModel):
     def key_map(self) -> KeyMap:
         """Names of the released model: timm's, and every block a second time in its group."""
         entries = [rename(n, n) for n in ("cls_token", "pos_embed")]
-        for name in ("patch_embed.proj", "norm", "head", *(f"blocks.{{}}.{p}" for p in _PARTS)):
+        for name in ("patch_embed.proj", "norm", "head", *(f"blocks.{{}}.{p}" for p in PARTS)):
             entries += [rename(f"{name}.{w}", f"{name}.{w}") for w in ("weight", "bias")]
         first = 0
         for g, depth in enumerate(self.depths):
@@ -202,14 +202,14 @@ class IARed2(Dropping, VisionModel):
             first += depth
 
 
-_PARTS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+PARTS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def _twins(group: int, first: int, depth: int) -> list[Entry]:
     return [
         tied(f"blocks.{first + i}.{part}.{w}", f"groups.{group}.block_list.{i}.{part}.{w}")
         for i in range(depth)
-        for part in _PARTS
+        for part in PARTS
         for w in ("weight", "bias")
     ]
 

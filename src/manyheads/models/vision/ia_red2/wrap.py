@@ -25,7 +25,7 @@ def wrap(
     groups: Sequence[int] | int = 3,
     *,
     interpreter_heads: int = 6,
-    first_score: float = 0.9,
+    first_score: float = 0.7,
     threshold: float = 0.5,
 ) -> DroppingViT:
     """Put interpreters into a vision transformer; it needs training before it drops anything.
@@ -47,7 +47,6 @@ def wrap(
             that read places from the order of tokens, or groups that do not fit.
 
     Example:
-        >>> from manyheads.models import create_model
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10)
         >>> wrapped = wrap(vit, groups=3)
