@@ -83,6 +83,9 @@ def run(options: DropOptions) -> int:
         crop_pct=described["crop"], is_training=False,
     )  # fmt: skip
     x = make(open_image(Path(options.image), channels))[None]
+    count = len(model.depths)
+    if options.group is not None and not 1 <= options.group <= count:
+        raise ValueError(f"group {options.group} does not exist: the model has 1 to {count}")
     group = None if options.group is None else options.group - 1
     with torch.no_grad():
         out = model.look(x)

@@ -179,8 +179,8 @@ def train(
         found = results(
             options,
             title=f"{options.recipe} {options.model}, {model.num_parameters():,} parameters, on "
-            f"{data.name} ({len(data.train)} training and {count} held-out images at {options.image_size} px, "
-            f"{len(data.class_names)} classes)",
+            f"{data.name} ({len(data.train)} training and {count} held-out images at "
+            f"{options.image_size} px, {len(data.class_names)} classes)",
             figures={
                 "test_accuracy": right / count,
                 "right": right,
