@@ -380,6 +380,27 @@ MUTATIONS = (
         "label = kept * label + (1 - kept) * label.flip(0)",
         "label = (1 - kept) * label + kept * label.flip(0)",
     ),
+    Mutation(
+        "ia-red2: the interpreter's keys lose their bias",
+        "ia-red2",
+        "models/vision/ia_red2/interpreter.py",
+        "torch.baddbmm(offset[..., None], reader, z.mT)",
+        "torch.baddbmm(0 * offset[..., None], reader, z.mT)",
+    ),
+    Mutation(
+        "ia-red2: a gathered batch keeps the padding as keys",
+        "ia-red2",
+        "models/vision/ia_red2/tokens.py",
+        "real = torch.arange(most, device=x.device) < counts[:, None]",
+        "real = torch.arange(most, device=x.device) <= counts[:, None]",
+    ),
+    Mutation(
+        "ia-red2: the kept share is not squared in the reward",
+        "ia-red2",
+        "models/vision/ia_red2/policy.py",
+        "1 - share.square()",
+        "1 - share",
+    ),
 )
 
 

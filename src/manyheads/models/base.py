@@ -51,6 +51,7 @@ _FILES = (
     "manyheads.models.vision.dualtoken",
     "manyheads.models.vision.efficientformer",
     "manyheads.models.vision.flowformer",
+    "manyheads.models.vision.ia_red2",
     "manyheads.models.vision.metaformer",
     "manyheads.models.vision.mobilevig",
     "manyheads.models.vision.orchid",
