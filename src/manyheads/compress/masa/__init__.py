@@ -1,0 +1,23 @@
+"""Sharing the attention matrices of a model that exists between its layers (MASA, 2508.04581)."""
+
+from __future__ import annotations
+
+from manyheads.compress.masa.mathematics import (
+    MatrixPCA,
+    Refinement,
+    allocate_ranks,
+    kl_drift,
+    low_rank_refinement,
+    matrix_pca,
+    runs_of_layers,
+)
+
+__all__ = [
+    "MatrixPCA",
+    "Refinement",
+    "allocate_ranks",
+    "kl_drift",
+    "low_rank_refinement",
+    "matrix_pca",
+    "runs_of_layers",
+]
