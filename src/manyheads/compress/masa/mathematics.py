@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -177,7 +178,7 @@ def runs_of_layers(drift: Tensor | Sequence[float], count: int) -> list[list[int
         raise ValueError(f"{count} groups of {layers} layers: give 1 to {layers}")
     cuts = sorted(range(len(values)), key=lambda i: (-values[i], i))[: count - 1]
     borders = [0, *sorted(i + 1 for i in cuts), layers]
-    return [list(range(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    return [list(range(a, b)) for a, b in pairwise(borders)]
 
 
 def allocate_ranks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 PROJECTIONS = ("query", "key", "value", "output")
+M = TypeVar("M", bound=nn.Module)
+
 ATOMS = "shared_atoms"  # the attribute of a model that holds its dictionaries
 _KINDS = ("masa", "repeat", "sequential", "low-rank")
 
@@ -230,7 +232,7 @@ def install(
     return model
 
 
-def store_coefficients(model: nn.Module) -> nn.Module:
+def store_coefficients(model: M) -> M:
     """Replace the networks that make coefficients by the tables they make, in place.
 
     Outputs stay the same to the bit; optimisers have to be made anew.
@@ -241,7 +243,7 @@ def store_coefficients(model: nn.Module) -> nn.Module:
     return model
 
 
-def to_dense(model: nn.Module) -> nn.Module:
+def to_dense(model: M) -> M:
     """Replace shared layers by ``nn.Linear`` with the same matrices, in place; exact.
 
     The result computes what the model computes and has no atoms: as many parameters as a model
