@@ -11,8 +11,12 @@ from manyheads.compress.masa.mathematics import (
     matrix_pca,
     runs_of_layers,
 )
+from manyheads.compress.masa.method import MASA, MASAConfig
+from manyheads.compress.masa.slots import share_attention
 
 __all__ = [
+    "MASA",
+    "MASAConfig",
     "MatrixPCA",
     "Refinement",
     "allocate_ranks",
@@ -20,4 +24,5 @@ __all__ = [
     "low_rank_refinement",
     "matrix_pca",
     "runs_of_layers",
+    "share_attention",
 ]

@@ -7,12 +7,15 @@ two thirds of the parameters are gone, and what trains a model trains it without
 from __future__ import annotations
 
 from manyheads.layers.sharing.build import (
+    PROJECTIONS,
     AtomStore,
     Part,
     SharingConfig,
     Slot,
     install,
+    named_slots,
     share,
+    slot_weight,
     store_coefficients,
     to_dense,
 )
@@ -21,6 +24,7 @@ from manyheads.layers.sharing.linear import LowRankLinear, SharedLinear
 from manyheads.layers.sharing.op import mix, shared_linear, shared_linear_reference
 
 __all__ = [
+    "PROJECTIONS",
     "AtomDictionary",
     "AtomStore",
     "CoefficientNetwork",
@@ -31,9 +35,11 @@ __all__ = [
     "Slot",
     "install",
     "mix",
+    "named_slots",
     "share",
     "shared_linear",
     "shared_linear_reference",
+    "slot_weight",
     "store_coefficients",
     "to_dense",
 ]

@@ -22,7 +22,9 @@ __all__ = [
     "SharingConfig",
     "Slot",
     "install",
+    "named_slots",
     "share",
+    "slot_weight",
     "store_coefficients",
     "to_dense",
 ]
@@ -31,6 +33,7 @@ PROJECTIONS = ("query", "key", "value", "output")
 M = TypeVar("M", bound=nn.Module)
 
 ATOMS = "shared_atoms"  # the attribute of a model that holds its dictionaries
+_LEAVES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
 _KINDS = ("masa", "repeat", "sequential", "low-rank")
 
 
@@ -92,6 +95,16 @@ class Part(NamedTuple):
 
 class AtomStore(nn.ModuleDict):
     """The dictionaries of a model, by name."""
+
+
+def named_slots(model: nn.Module) -> dict[str, list[Slot]]:
+    """Return the projections of our own layers' mixers, those that are named as softmax's are."""
+    found: dict[str, list[Slot]] = {}
+    for path, module in model.named_modules():
+        _, _, leaf = path.rpartition(".mixer.")
+        if leaf in _LEAVES and isinstance(module, nn.Linear):
+            found.setdefault(_LEAVES[leaf], []).append(Slot(path))
+    return found
 
 
 def slot_weight(model: nn.Module, slot: Slot) -> Tensor:

@@ -20,7 +20,7 @@ from manyheads.layers.mixer import SequenceMixer
 from manyheads.layers.mlp import GatedMLP, PlainMLP, swiglu_width
 from manyheads.layers.norms import RMSNorm
 from manyheads.layers.ragged import positions, sequence_ids
-from manyheads.layers.sharing import SharingConfig, Slot, share, store_coefficients, to_dense
+from manyheads.layers.sharing import SharingConfig, named_slots, share, store_coefficients, to_dense
 from manyheads.models.base import Model
 from manyheads.models.language.causal import CausalLM, LMState
 from manyheads.models.language.pattern import parse_pattern
@@ -40,7 +40,6 @@ _EMBED_STD = 0.02
 # Sines have an rms of 1/√2: beside token embeddings of _EMBED_STD they would be all that a norm
 # leaves to see. Embeddings grow in training and these do not, so they start a few times as large.
 POSITION_SCALE = 5 * _EMBED_STD
-_PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "output"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,16 +186,6 @@ def packed_positions(
     return torch.arange(length, device=device) - cu_seqlens[sequence_ids(cu_seqlens, length)]
 
 
-def _slots(model: Model) -> dict[str, list[Slot]]:
-    """Return where the attention matrices lie that layers can share: those named as softmax's."""
-    found: dict[str, list[Slot]] = {}
-    for path, module in model.named_modules():
-        _, _, leaf = path.rpartition(".mixer.")
-        if leaf in _PROJECTIONS and isinstance(module, nn.Linear):
-            found.setdefault(_PROJECTIONS[leaf], []).append(Slot(path))
-    return found
-
-
 class MixerLM(CausalLM):
     """Decoder language model with one state for layers of all kinds. Needs training.
 
@@ -241,7 +230,7 @@ class MixerLM(CausalLM):
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
         if c.sharing:
-            share(self, _slots(self), SharingConfig.from_dict(c.sharing))
+            share(self, named_slots(self), SharingConfig.from_dict(c.sharing))
 
     @property
     def _blocks(self) -> list[MixerBlock]:
@@ -297,14 +286,10 @@ class MixerLM(CausalLM):
             dense: every layer has its mixed matrices, and nothing is shared any more; False: the
                 atoms stay, and a network that made coefficients gives way to its table.
         """
-        made = copy.deepcopy(self)
-        if dense:
-            made.config = self.config.replace(sharing={})
-            return to_dense(made)
-        if self.config.sharing:
-            direct = {**self.config.sharing, "coefficients": "direct"}
-            made.config = self.config.replace(sharing=direct)
-        return store_coefficients(made)
+        made, sharing = copy.deepcopy(self), self.config.sharing
+        direct = {**sharing, "coefficients": "direct"} if sharing and not dense else {}
+        made.config = self.config.replace(sharing=direct)
+        return to_dense(made) if dense else store_coefficients(made)
 
     def key_map(self) -> KeyMap:
         """A MixerLM is our own: official names are ours."""
