@@ -30,6 +30,7 @@ Batch = Mapping[str, Tensor]
 _FILES = {
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
     "minilm": "manyheads.compress.minilm:MiniLM",
+    "masa": "manyheads.compress.masa:MASA",
 }
 
 

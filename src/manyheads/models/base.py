@@ -39,6 +39,7 @@ _FILES = (
     "manyheads.models.language.gla",
     "manyheads.models.language.landmark",
     "manyheads.models.language.mamba",
+    "manyheads.models.language.masa",
     "manyheads.models.language.mixer_encoder",
     "manyheads.models.language.mixer_lm",
     "manyheads.models.language.orchid",
