@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.softmax.op import SoftmaxState
+from manyheads.attention.urpe.blocks import block_rows
 from manyheads.attention.urpe.definition import check_factors, expand_factor
-from manyheads.attention.urpe.fast import block_rows, urpe_blocked
+from manyheads.attention.urpe.fast import urpe_blocked
 from manyheads.attention.urpe.lse import urpe_from_lse
 from manyheads.errors import unknown_name
 from manyheads.layers.cache import append_tokens
