@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from manyheads.compress.anatomy import Anatomy, anatomy
-from manyheads.compress.llm_drop.remove import remove
+from manyheads.compress.llm_drop.remove import nothing_left, remove
 from manyheads.compress.llm_drop.select import most_similar, run_of_blocks, within_tolerance
 from manyheads.compress.llm_drop.similarity import Similarities, measure_similarities
 from manyheads.compress.procedure import Batch, Plan, Procedure
@@ -72,6 +72,11 @@ class LLMDropConfig(Config):
         if self.stack not in ("", "encoder", "decoder"):
             raise ValueError(f"stack {self.stack!r} is none of: encoder, decoder, ''")
 
+    @property
+    def count(self) -> int:
+        """How many go, whatever they are."""
+        return self.attention or self.mlp or self.blocks or self.joint or self.cross
+
 
 class LLMDrop(Procedure):
     """Drop attentions, MLPs or blocks by similarity. Lossy, needs no training.
@@ -101,7 +106,9 @@ class LLMDrop(Procedure):
             raise ValueError("llm-drop judges branches by data: give calibration batches")
         if not c.iterative:
             found = self._measure(model, calibration, parts)
-            chosen = _choose(c, parts, found, c.attention or c.mlp or c.blocks or c.joint or c.cross)
+            chosen = _choose(
+                c, parts, found, c.attention or c.mlp or c.blocks or c.joint or c.cross
+            )
             structure = _structure(chosen)
             return self._plan(model, structure, measured=_measured(found, chosen))
         return self._plan_iterative(model, list(calibration))
@@ -119,9 +126,10 @@ class LLMDrop(Procedure):
         )
 
     def _plan_iterative(self, model: nn.Module, calibration: Sequence[Batch]) -> Plan:
-        c, chosen = self.settings, []
+        c = self.settings
+        chosen: list[tuple[str, str]] = []
         first = None
-        for _ in range(c.attention or c.mlp or c.blocks or c.joint or c.cross):
+        for _ in range(c.count):
             current = copy.deepcopy(model)
             # Blocks stay where they are while we measure: a block goes as its two branches.
             remove(current, {"drop": _as_branches(chosen, anatomy(model))})
@@ -129,6 +137,7 @@ class LLMDrop(Procedure):
             found = self._measure(current, calibration, parts)
             first = first or found
             chosen += _choose(c, parts, found, 1, gone={p for _, p in chosen if c.blocks})
+            _check_left(anatomy(model), chosen)
         assert first is not None
         return self._plan(model, _structure(chosen), measured=_measured(first, chosen))
 
@@ -152,6 +161,11 @@ class LLMDrop(Procedure):
     @classmethod
     def restructure(cls, structure: dict[str, Any], model: nn.Module) -> nn.Module:
         return remove(model, structure)
+
+    @classmethod
+    def is_stock(cls, structure: dict[str, Any], model: nn.Module) -> bool:
+        scaled = getattr(getattr(model, "config", None), "scale_attn_by_inverse_layer_idx", False)
+        return not structure.get("drop") and not scaled
 
 
 def plan_from_lists(
@@ -208,6 +222,15 @@ def _check_counts(c: LLMDropConfig, parts: Anatomy) -> None:
     both = len(_branches(c, parts, ("attention", "mlp")))
     if c.joint > both:
         raise ValueError(f"cannot drop {c.joint} branches: the model has {both}")
+
+
+def _check_left(parts: Anatomy, chosen: Sequence[tuple[str, str]]) -> None:
+    gone = {path for kind, path in chosen if kind in ("attention", "block")}
+    for stack in parts.stacks:
+        blocks = parts.stack(stack)
+        kept = [b for b in blocks if b.of_kind("attention") and b.path not in gone]
+        if blocks[0].role == "decoder" and not kept:
+            raise ValueError(nothing_left(stack, len(blocks)))
 
 
 def _branches(c: LLMDropConfig, parts: Anatomy, kinds: Sequence[str]) -> list[tuple[str, str]]:

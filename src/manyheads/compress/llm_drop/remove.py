@@ -139,6 +139,14 @@ def _shorten_config(model: nn.Module, stack: str, role: str, keep: list[int]) ->
         config.layer_types = [config.layer_types[i] for i in keep]
 
 
+def nothing_left(stack: str, blocks: int) -> str:
+    """Return what to say where a decoder would lose its last attention."""
+    return (
+        f"no attention of {stack!r} would remain, and with it no cache that knows how many tokens "
+        f"were read: drop at most {blocks - 1}"
+    )
+
+
 def _number(model: nn.Module) -> None:
     """Give kept attentions the numbers of the caches they own: 0, 1, 2 ... in each stack."""
     parts = anatomy(model)
@@ -146,12 +154,9 @@ def _number(model: nn.Module) -> None:
     for stack in parts.stacks:
         blocks = parts.stack(stack)
         for kind in ("attention", "cross"):
-            kept = [(b, s) for b in blocks if (s := b.of_kind(kind)) is not None]  # type: ignore[arg-type]
+            kept = [(b, s) for b in blocks if (s := b.of_kind(kind)) is not None]
             if kind == "attention" and not kept and blocks[0].role == "decoder":
-                raise ValueError(
-                    f"no attention of {stack!r} would remain, and with it no cache that knows how "
-                    f"many tokens were read: drop at most {len(blocks) - 1}"
-                )
+                raise ValueError(nothing_left(stack, len(blocks)))
             # Caches of several kinds (sliding and full) are made by the original numbers.
             mixed = len(kinds) > 1 and blocks[0].family != "manyheads"
             if mixed and kind == "attention" and kept and kept[0][0].index != 0:
@@ -161,6 +166,6 @@ def _number(model: nn.Module) -> None:
                 )
             for number, (block, sublayer) in enumerate(kept):
                 assert sublayer.attention is not None
-                core = model.get_submodule(sublayer.attention.core)
+                core: Any = model.get_submodule(sublayer.attention.core)
                 if isinstance(getattr(core, "layer_idx", None), int):
-                    core.layer_idx = block.index if mixed else number  # type: ignore[assignment]
+                    core.layer_idx = block.index if mixed else number

@@ -40,9 +40,7 @@ def within_tolerance(
     return chosen
 
 
-def run_of_blocks(
-    consecutive: Tensor, n: int, *, official_compat: bool = False
-) -> list[int]:
+def run_of_blocks(consecutive: Tensor, n: int, *, official_compat: bool = False) -> list[int]:
     """Return the n blocks in a row whose input and output are most similar.
 
     Args:

@@ -1,7 +1,7 @@
 """How much each branch of a model changes the residual stream, in one streaming pass.
 
-Similarity of a branch: the cosine of the stream before and after it, per token, in float32, averaged over all
-real tokens. Sums alone are kept: of one batch at a time, the stream between blocks.
+Similarity of a branch: the cosine of the stream before and after it, per token, in float32,
+averaged over all real tokens. Sums alone are kept, and of one batch the stream between blocks.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class _Recorder(ExitStack):
         self._boundaries: dict[str, list[Tensor]] = {}
         for block in parts.blocks:
             module = model.get_submodule(block.path)
-            self._hook(module.register_forward_pre_hook(self._entering(block.path), with_kwargs=True))
+            self._before(module, block.path)
             self._hook(module.register_forward_hook(self._leaving(block)))
             for place, sublayer in enumerate(block.sublayers):
                 key = (sublayer.kind, block.path)
@@ -153,12 +153,18 @@ class _Recorder(ExitStack):
                 if norm_as_unit:
                     enter = model.get_submodule(sublayer.enter)
                     name = f"{block.path}#{place}"
-                    self._hook(enter.register_forward_pre_hook(self._entering(name), with_kwargs=True))
+                    self._before(enter, name)
                 else:
                     self._watch_alone(model, block.role, sublayer, key)
 
     def _hook(self, handle: Any) -> None:
         self.callback(handle.remove)
+
+    def _before(self, module: nn.Module, name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._stream[name] = _tensor(args[0] if args else kwargs["hidden_states"])
+
+        self._hook(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         self._batch = batch
@@ -172,12 +178,6 @@ class _Recorder(ExitStack):
                 unit = torch.stack([F.normalize(s, dim=-1, eps=1e-8) for s in streams])
                 gram = torch.einsum("itd,jtd->ij", unit, unit).double()
                 self._grams[stack] = self._grams.get(stack, torch.zeros_like(gram)) + gram
-
-    def _entering(self, name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._stream[name] = _tensor(args[0] if args else kwargs["hidden_states"])
-
-        return hook
 
     def _leaving(self, block: Any) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
