@@ -28,6 +28,7 @@ Batch = Mapping[str, Tensor]
 
 # One line a procedure: the name and the file whose class is the procedure.
 _FILES = {
+    "int8": "manyheads.compress.quantizable:Int8",
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
 }
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from manyheads.compress.quantizable.estimators import RangeEstimator, Scheme
+from manyheads.compress.quantizable.int8 import Int8Linear
+from manyheads.compress.quantizable.method import Int8, Int8Config
 from manyheads.compress.quantizable.outliers import Outliers, inf_norm, kurtosis, measure_outliers
 from manyheads.compress.quantizable.quantizers import UniformQuantizer
 from manyheads.compress.quantizable.simulate import simulate_quantization
 
 __all__ = [
+    "Int8",
+    "Int8Config",
+    "Int8Linear",
     "Outliers",
     "RangeEstimator",
     "Scheme",
