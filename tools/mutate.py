@@ -150,6 +150,27 @@ MUTATIONS = (
         "share = (1 / count.clamp_min(1))",
     ),
     Mutation(
+        "quantizable: what is clipped keeps its gradient",
+        "quantizable",
+        "attention/clipped_softmax/definition.py",
+        "return ((eta - gamma) * probabilities + gamma).clamp(0, 1)",
+        "y = (eta - gamma) * probabilities + gamma\n    return y + (y.clamp(0, 1) - y).detach()",
+    ),
+    Mutation(
+        "quantizable: a fully masked score passes all of its gradient",
+        "quantizable",
+        "models/language/quantizable/attention.py",
+        "return torch.maximum(scores + bias, least.to(scores.device))",
+        "return (scores + bias).clamp_min(float(least))",
+    ),
+    Mutation(
+        "quantizable: the zero point is not rounded",
+        "quantizable",
+        "compress/quantizable/quantizers.py",
+        "(-low / self.scale).round().clamp(*self.grid)",
+        "(-low / self.scale).clamp(*self.grid)",
+    ),
+    Mutation(
         "urpe: the multiplier is left out forwards",
         "urpe",
         "attention/urpe/fast.py",

@@ -30,6 +30,7 @@ Batch = Mapping[str, Tensor]
 _FILES = {
     "a2sf": "manyheads.compress.a2sf:A2SF",
     "h2o": "manyheads.compress.a2sf:H2O",
+    "int8": "manyheads.compress.quantizable:Int8",
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
     "minilm": "manyheads.compress.minilm:MiniLM",
     "masa": "manyheads.compress.masa:MASA",

@@ -43,6 +43,7 @@ _FILES = (
     "manyheads.models.language.mixer_encoder",
     "manyheads.models.language.mixer_lm",
     "manyheads.models.language.orchid",
+    "manyheads.models.language.quantizable",
     "manyheads.models.language.routing",
     "manyheads.models.language.routing_pytorch",
     "manyheads.models.language.transnormer",
