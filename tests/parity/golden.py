@@ -12,15 +12,27 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["ADAPTERS", "NOT_YET", "Golden", "adapter", "check", "golden_files", "not_yet"]
+__all__ = [
+    "ADAPTERS",
+    "KEYS",
+    "NOT_YET",
+    "Golden",
+    "adapter",
+    "check",
+    "golden_files",
+    "keys",
+    "not_yet",
+]
 
 RMS_LIMIT = 1e-3
 
 Adapter = Callable[["Golden"], dict[str, Tensor]]
 ADAPTERS: dict[tuple[str, str], Adapter] = {}
 NOT_YET: set[tuple[str, str]] = set()
+# Of procedures: builds the result that a key list describes, from the list.
+KEYS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {}
 
 
 def adapter(system: str, *kinds: str) -> Callable[[Adapter], Adapter]:
@@ -30,6 +42,16 @@ def adapter(system: str, *kinds: str) -> Callable[[Adapter], Adapter]:
         for kind in kinds:
             assert (system, kind) not in ADAPTERS, f"two adapters for {system}/{kind}"
             ADAPTERS[system, kind] = fn
+        return fn
+
+    return enter
+
+
+def keys(system: str) -> Callable[[Callable[[dict[str, Any]], nn.Module]], Any]:
+    """Register what builds, on the meta device, the model that a procedure's key list describes."""
+
+    def enter(fn: Callable[[dict[str, Any]], nn.Module]) -> Any:
+        KEYS[system] = fn
         return fn
 
     return enter

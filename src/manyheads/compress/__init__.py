@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from manyheads.compress.anatomy import Anatomy, anatomy
+from manyheads.compress.files import Opened, load_model, open_model, save_model
 from manyheads.compress.procedure import (
     Plan,
     Procedure,
@@ -10,4 +12,16 @@ from manyheads.compress.procedure import (
     list_procedures,
 )
 
-__all__ = ["Plan", "Procedure", "fingerprint", "get_procedure", "list_procedures"]
+__all__ = [
+    "Anatomy",
+    "Opened",
+    "Plan",
+    "Procedure",
+    "anatomy",
+    "fingerprint",
+    "get_procedure",
+    "list_procedures",
+    "load_model",
+    "open_model",
+    "save_model",
+]

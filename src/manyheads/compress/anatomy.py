@@ -437,14 +437,14 @@ def _role(model: nn.Module, path: str) -> Literal["encoder", "decoder"]:
     if getattr(config, "is_encoder_decoder", False):
         return "decoder" if "decoder" in path.split(".") else "encoder"
     stack = model.get_submodule(path)
-    first = stack[0] if isinstance(stack, nn.ModuleList | nn.Sequential) else stack
-    for module in first.modules():
+    for module in stack.modules():
         causal = getattr(module, "is_causal", None)
         if causal is None:
             causal = getattr(getattr(module, "config", None), "is_causal", None)
         if isinstance(causal, bool):
             return "decoder" if causal else "encoder"
-    return "decoder" if "decoder" in path.split(".") else "encoder"
+    causal = bool(getattr(config, "is_causal", False)) or "ForCausalLM" in type(model).__name__
+    return "decoder" if causal or "decoder" in path.split(".") else "encoder"
 
 
 def _refuse(model: nn.Module, blocks: list[Block]) -> None:

@@ -100,9 +100,17 @@ class Plan:
         Raises:
             ValueError: the plan was made for another model.
         """
+        from manyheads.compress.steps import describe, record_step, steps_of
+
         self.check(model)
+        try:
+            original, earlier = describe(model), steps_of(model)
+        except ValueError:  # of no library: it can be shrunk, and not built again from a folder
+            original, earlier = {"library": "", "architecture": type(model).__name__}, []
         target = model if inplace else copy.deepcopy(model)
-        return get_procedure(self.method).apply(self, target)
+        result = get_procedure(self.method).apply(self, target)
+        step = {"method": self.method, "structure": self.structure}
+        return record_step(result, original, earlier, step)
 
     def check(self, model: nn.Module) -> None:
         """Raise ``ValueError`` unless this is the model that the plan was made for."""
@@ -208,6 +216,11 @@ class Procedure:
         The state dict of an applied model loads into it strictly.
         """
         raise NotImplementedError
+
+    @classmethod
+    def is_stock(cls, structure: dict[str, Any], model: nn.Module) -> bool:
+        """Return whether the original library's own class can express the result."""
+        return False
 
     def _plan(
         self,

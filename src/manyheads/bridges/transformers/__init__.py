@@ -1,7 +1,8 @@
 """Our language models as transformers models, and our attention inside transformers' own.
 
 Importing this registers ``ManyheadsConfig`` with the Auto classes, so that
-``AutoModelForCausalLM.from_pretrained`` reads what ``save_pretrained`` wrote.
+``AutoModelForCausalLM.from_pretrained`` reads what ``save_pretrained`` wrote; so do they with the
+folders of `manyheads shrink`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from manyheads.bridges.transformers.modeling import (  # noqa: E402
     ManyheadsForCausalLM,
     ManyheadsModel,
 )
+from manyheads.bridges.transformers.shrunk import ShrunkConfig, register_shrunk  # noqa: E402
 
 __all__ = [
     "ManyheadsCache",
     "ManyheadsConfig",
     "ManyheadsForCausalLM",
     "ManyheadsModel",
+    "ShrunkConfig",
     "landmark_from_llama",
     "register",
 ]
@@ -33,3 +36,4 @@ __all__ = [
 AutoConfig.register("manyheads", ManyheadsConfig, exist_ok=True)
 AutoModel.register(ManyheadsConfig, ManyheadsModel, exist_ok=True)
 AutoModelForCausalLM.register(ManyheadsConfig, ManyheadsForCausalLM, exist_ok=True)
+register_shrunk()
