@@ -29,6 +29,7 @@ Batch = Mapping[str, Tensor]
 # One line a procedure: the name and the file whose class is the procedure.
 _FILES = {
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
+    "quamba": "manyheads.compress.quamba:Quamba",
 }
 
 

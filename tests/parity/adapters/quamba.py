@@ -13,11 +13,14 @@ from manyheads.attention import MambaConfig, MambaMixer, selective_scan
 from manyheads.compress.quamba import (
     OFFICIAL_SITES,
     SITES,
+    WEIGHT_NAMES,
     AsymmetricObserver,
+    Int8Mamba,
     MinMaxObserver,
     PercentileObserver,
     Quamba,
     SimulatedMamba,
+    activation_scales,
     calibrate_block,
     fake_quant,
     fake_quant_dynamic,
@@ -201,14 +204,12 @@ def simulated_model(golden: Golden) -> dict[str, Tensor]:
     lm = MambaLMConfig.from_official({"pad_vocab_size_multiple": 1} | official)
     model = MambaForCausalLM(lm).load_official(golden.weights).eval()
     percentile = _percentile(config)
-    method = Quamba(
-        percentile=percentile, hadamard=config["hadamard"], mode="simulate", calibration_batches=0
-    )
+    method = Quamba(percentile=percentile, hadamard=config["hadamard"], mode="simulate")
     plan = method.plan(model, [{"input_ids": t} for t in _calibration(golden)])
     quantised, tokens = plan.apply(model), golden.inputs["input_ids"]
     results = {"out.logits": quantised(tokens), "out.logits_float": model(tokens)}
     for path, site, scale in plan_scales(plan.tensors):
-        name = OFFICIAL_SITES[site] if site in OFFICIAL_SITES else site
+        name = OFFICIAL_SITES.get(site, site)
         prefix = "q_sscan." if site == "y" else ""
         results[f"out.scale.backbone.{path}.{prefix}{name}"] = scale
     return results
@@ -221,3 +222,46 @@ def plan_scales(tensors: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
         for path, values in tensors.items()
         for site, value in zip(SITES, values, strict=True)
     ]
+
+
+_KERNEL_SITES = (
+    "in_proj:input", "in_proj:output", "x_proj:input", "x_proj:output", "dt_proj:output",
+    "out_proj:input",
+)  # fmt: skip
+
+
+@adapter("quamba", "int8_pipeline")
+@torch.no_grad()
+def integer_block(golden: Golden) -> dict[str, Tensor]:
+    block = _block(golden, "d_inner", "percentile_alpha")
+    scales = torch.cat([golden.inputs[f"scale.{name}"] for name in _KERNEL_SITES])
+    own = calibrate_block(block, _calibration(golden), percentile=golden.config["percentile_alpha"])
+    torch.testing.assert_close(activation_scales(own), scales, atol=1e-5, rtol=1e-4)
+    quantised = Int8Mamba.from_float(block, scales)
+    x = golden.inputs["x"]
+    y, state, seen = quantised.trace(x, quantised.init_state(len(x)))
+    stepped, steps = quantised.init_state(len(x)), []
+    for token in x.unbind(1):
+        out, stepped = quantised.step(token, stepped)
+        steps.append(out)
+    apart = (torch.stack(steps, 1) - y).abs() > float(golden.meta["atol"])
+    assert apart.float().mean() < 0.08, "the decoding path is another model"
+    results = {
+        "out.y": y,
+        "out.y_scan": seen["scan"],
+        "out.ssm_state": state.ssm,
+        "out.y_float_model": block(x),
+        "out.int8.h": seen["input"],
+        "out.int8.xz": seen["in_proj"],
+        "out.int8.u": seen["u"],
+        "out.int8.x_dbl": seen["x_proj"],
+        "out.int8.dt": seen["dt_proj"],
+        "out.int8.y_rotated": seen["y"],
+    }
+    official = {"conv": "conv1d", "a_log": "A_log", "skip": "D"}
+    for name, scale in zip(WEIGHT_NAMES, quantised.weight_scales, strict=True):
+        codes = getattr(quantised, name)
+        codes = codes.mT[:, None] if name == "conv" else codes
+        results[f"out.weight_int8.{official.get(name, name)}"] = codes
+        results[f"out.weight_scale.{official.get(name, name)}"] = scale
+    return results

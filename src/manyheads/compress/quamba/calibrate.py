@@ -15,7 +15,14 @@ from manyheads.compress.quamba.quantisers import MinMaxObserver, Observer, Perce
 from manyheads.compress.quamba.sites import SITES, run_block
 from manyheads.layers.ragged import check_mask, compact
 
-__all__ = ["Scales", "calibrate", "calibrate_block", "mamba_blocks"]
+__all__ = [
+    "BlockObservers",
+    "Scales",
+    "calibrate",
+    "calibrate_block",
+    "mamba_blocks",
+    "observe",
+]
 
 Scales = dict[str, Tensor]
 """A block's scales by site, each (1), float32."""
@@ -25,28 +32,29 @@ _SAFE = 0.999  # below, what is clipped has been seen to ruin a model
 
 
 def mamba_blocks(model: nn.Module) -> dict[str, MambaMixer]:
-    """Return the Mamba blocks of a model by path, in order.
+    """Return the Mamba blocks of a model by path, in order; not those quantised already.
 
     Raises:
         ValueError: there are none.
     """
-    found = {p: m for p, m in model.named_modules() if isinstance(m, MambaMixer)}
+    found = {p: m for p, m in model.named_modules() if type(m) is MambaMixer}
     if not found:
         raise ValueError(
-            f"a {type(model).__name__} has no Mamba-1 block of ours: load a checkpoint into "
+            f"a {type(model).__name__} has no Mamba-1 block of ours in float: load a checkpoint into "
             "MambaForCausalLM (load_official), or name mamba among a MixerLM's mixers"
         )
     return found
 
 
 class BlockObservers:
-    """Observers of all sites of one block."""
+    """Observers of all sites of one block, and of those that a trick changes as without it."""
 
     def __init__(self, *, percentile: float | None, hadamard: bool) -> None:
         self.hadamard = hadamard
         self.sites: dict[str, Observer] = {name: MinMaxObserver() for name in SITES}
         if percentile is not None:
             self.sites["u"] = PercentileObserver(percentile)
+        self.plain = {"u": MinMaxObserver(), "scan": MinMaxObserver()}
 
     def see(self, block: MambaMixer, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Run the block on its input and observe its real tokens; returns them by site."""
@@ -60,10 +68,21 @@ class BlockObservers:
             seen = {name: t[front] for name, t in seen.items()}
         for name, observer in self.sites.items():
             observer.update(seen[name])
+        for name, plain in self.plain.items():
+            plain.update(seen[name])
         return seen
 
     def scales(self) -> Scales:
         return {name: observer.scale for name, observer in self.sites.items()}
+
+    def without(self, *, percentile: bool, hadamard: bool) -> Scales:
+        """Return the scales with the tricks that are True and without those that are not."""
+        scales = self.scales()
+        if not percentile:
+            scales["u"] = self.plain["u"].scale
+        if not hadamard:
+            scales["y"] = self.plain["scan"].scale
+        return scales
 
 
 def check_percentile(percentile: float | None) -> None:
@@ -112,6 +131,57 @@ def calibrate_block(
 
 
 @torch.no_grad()
+def observe(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    *,
+    percentile: float | None,
+    hadamard: bool,
+    keep: int = 0,
+) -> tuple[dict[str, BlockObservers], dict[str, list[Tensor]]]:
+    """Return the observers of all Mamba blocks by path after the batches, and each block's inputs
+    (real tokens of one row, (1, N, C)) in the first ``keep`` batches."""
+    check_percentile(percentile)
+    blocks = mamba_blocks(model)
+    if hadamard:
+        for block in blocks.values():
+            hadamard_split(block.config.inner_dim)
+    found = {p: BlockObservers(percentile=percentile, hadamard=hadamard) for p in blocks}
+    kept: dict[str, list[Tensor]] = {p: [] for p in blocks}
+    seen = 0
+
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            assert isinstance(module, MambaMixer)
+            x = args[0] if args else kwargs["x"]
+            mask = check_mask(kwargs.get("mask"), *x.shape[:2])
+            try:
+                found[path].see(module, x, mask)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            if seen < keep:
+                kept[path].append(x[:1] if mask is None else x[:1, mask[0]])
+
+        return hook
+
+    handles = [b.register_forward_pre_hook(watch(p), with_kwargs=True) for p, b in blocks.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            tokens, mask = tokens_of(batch)
+            model(tokens, mask=mask)
+            seen += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not seen:
+        raise ValueError("the calibration has no batch: the scales of activations come from it")
+    return found, kept
+
+
+@torch.no_grad()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor] | Tensor],
@@ -140,43 +210,8 @@ def calibrate(
         >>> sorted(scales["layers.0.mixer"])[:3]
         ['conv_in', 'dt', 'dt_low']
     """
-    check_percentile(percentile)
-    blocks = mamba_blocks(model)
-    if hadamard:
-        for block in blocks.values():
-            hadamard_split(block.config.inner_dim)
-    kept = {p: BlockObservers(percentile=percentile, hadamard=hadamard) for p in blocks}
-
-    def watch(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            assert isinstance(module, MambaMixer)
-            x = args[0] if args else kwargs["x"]
-            mask = check_mask(kwargs.get("mask"), *x.shape[:2])
-            try:
-                kept[path].see(module, x, mask)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-
-        return hook
-
-    handles = [
-        b.register_forward_pre_hook(watch(p), with_kwargs=True) for p, b in blocks.items()
-    ]
-    was_training = model.training
-    model.eval()
-    seen = 0
-    try:
-        for batch in batches:
-            tokens, mask = tokens_of(batch)
-            model(tokens, mask=mask)
-            seen += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    if not seen:
-        raise ValueError("the calibration has no batch: the scales of activations come from it")
-    return {path: observers.scales() for path, observers in kept.items()}
+    found, _ = observe(model, batches, percentile=percentile, hadamard=hadamard)
+    return {path: observers.scales() for path, observers in found.items()}
 
 
 def tokens_of(batch: Mapping[str, Tensor] | Tensor) -> tuple[Tensor, Tensor | None]:

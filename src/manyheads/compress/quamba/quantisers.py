@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from manyheads.native.int8 import round_half_away
+
 __all__ = [
     "LEAST",
     "AsymmetricObserver",
@@ -22,7 +24,6 @@ __all__ = [
     "fake_quant",
     "fake_quant_dynamic",
     "quantise",
-    "round_half_away",
 ]
 
 LEAST = 1e-5
@@ -53,13 +54,6 @@ def absmax_scale(x: Tensor, *, bits: int = 8) -> Tensor:
     if not torch.isfinite(largest):
         raise ValueError("a tensor to quantise holds NaN or infinity: look where it comes from")
     return (largest.clamp_min(LEAST) / code_range(bits)[1]).reshape(1)
-
-
-def round_half_away(x: Tensor) -> Tensor:
-    """Round to the nearest whole number, halves away from zero, as integer kernels do."""
-    size = x.abs()
-    whole = size.floor()
-    return torch.copysign(whole + (size - whole >= 0.5).to(x), x)
 
 
 def quantise(x: Tensor, scale: Tensor, *, bits: int = 8, half_away: bool = False) -> Tensor:

@@ -77,9 +77,7 @@ class SimulatedMamba(MambaMixer):
     ) -> Trace:
         """Run (B, N, C) and return the output, the next state and the activations by site."""
         mask = check_mask(mask, x.shape[0], x.shape[1])
-        return run_block(
-            self, x, state=state, mask=mask, hadamard=self.hadamard, at=self._at
-        )
+        return run_block(self, x, state=state, mask=mask, hadamard=self.hadamard, at=self._at)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -43,7 +43,8 @@ Quantiser = Callable[[str, Tensor], Tensor]
 
 
 class Trace(NamedTuple):
-    """Output (B, N, C), next state, and what passed each site by name, (B, N, ·)."""
+    """Output (B, N, C), next state, and what passed each site by name, (B, N, ·), beside ``scan``:
+    the scan's output before its rotation."""
 
     out: Tensor
     state: MambaLayerState
@@ -91,7 +92,7 @@ def run_block(
         rates.unflatten(0, (c.num_heads, -1)),
         skip=block.skip.unflatten(0, (c.num_heads, -1)), gate=g, mask=mask,
     )  # fmt: skip
-    y = merge_heads(y).to(x.dtype)
+    y = seen["scan"] = merge_heads(y).to(x.dtype)
     y = pass_through("y", hadamard_transform(y) if hadamard else y)
     out = block.out_proj(y)
     if mask is not None:
