@@ -83,9 +83,10 @@ def int8_linear(
         ValueError: dtypes or shapes do not fit.
 
     Example:
-        >>> x, w = torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([[3, -4]], dtype=torch.int8)
-        >>> int8_linear(x, w, torch.tensor([0.1]))
-        tensor([[-0.5000]])
+        >>> x = torch.tensor([[1, 2]], dtype=torch.int8)
+        >>> w = torch.tensor([[3, -4], [5, 6]], dtype=torch.int8)
+        >>> int8_linear(x, w, torch.tensor([0.5]))
+        tensor([[-2.5000,  8.5000]])
     """
     _check(x, weight, scale, bias, row_scale)
     lead = x.shape[:-1]

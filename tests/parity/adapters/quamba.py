@@ -3,7 +3,6 @@ observers, rotations, the simulated and the integer W8A8 block, the simulated mo
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch

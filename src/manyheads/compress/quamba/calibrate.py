@@ -40,8 +40,8 @@ def mamba_blocks(model: nn.Module) -> dict[str, MambaMixer]:
     found = {p: m for p, m in model.named_modules() if type(m) is MambaMixer}
     if not found:
         raise ValueError(
-            f"a {type(model).__name__} has no Mamba-1 block of ours in float: load a checkpoint into "
-            "MambaForCausalLM (load_official), or name mamba among a MixerLM's mixers"
+            f"a {type(model).__name__} has no Mamba-1 block of ours in float: load a checkpoint "
+            "into MambaForCausalLM (load_official), or name mamba among a MixerLM's mixers"
         )
     return found
 
@@ -227,5 +227,6 @@ def tokens_of(batch: Mapping[str, Tensor] | Tensor) -> tuple[Tensor, Tensor | No
             mask = batch.get(masked)
             return batch[name], None if mask is None else mask.bool()
     raise ValueError(
-        f"a calibration batch needs tokens or input_ids, this one holds {', '.join(batch) or 'none'}"
+        "a calibration batch needs tokens or input_ids, this one holds "
+        f"{', '.join(batch) or 'nothing'}"
     )
