@@ -33,6 +33,7 @@ _FILES = {
     "int8": "manyheads.compress.quantizable:Int8",
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
     "minilm": "manyheads.compress.minilm:MiniLM",
+    "quamba": "manyheads.compress.quamba:Quamba",
     "masa": "manyheads.compress.masa:MASA",
     "sink-recent": "manyheads.compress.a2sf:SinkRecent",
     "snapkv": "manyheads.compress.a2sf:SnapKV",
