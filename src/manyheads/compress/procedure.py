@@ -30,6 +30,7 @@ Batch = Mapping[str, Tensor]
 _FILES = {
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
     "masa": "manyheads.compress.masa:MASA",
+    "minilm": "manyheads.compress.minilm:MiniLM",
 }
 
 
@@ -217,6 +218,16 @@ class Procedure:
         The state dict of an applied model loads into it strictly.
         """
         raise NotImplementedError
+
+    @classmethod
+    def candidates(cls, model: nn.Module, given: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return settings from mild to strong for a search; empty where there is nothing to try.
+
+        Args:
+            model: to be shrunk.
+            given: settings that are fixed already.
+        """
+        return []
 
     @classmethod
     def is_stock(cls, structure: dict[str, Any], model: nn.Module) -> bool:

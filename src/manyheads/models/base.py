@@ -33,6 +33,7 @@ __all__ = [
 _FILES = (
     "manyheads.models.diffusion.sla",
     "manyheads.models.language.aaren",
+    "manyheads.models.language.bert",
     "manyheads.models.language.flowformer",
     "manyheads.models.language.flowformer_classifier",
     "manyheads.models.language.gla",
