@@ -38,6 +38,8 @@ _FILES = {
     "sink-recent": "manyheads.compress.a2sf:SinkRecent",
     "snapkv": "manyheads.compress.a2sf:SnapKV",
     "streaming": "manyheads.compress.a2sf:StreamingLLM",
+    "masa": "manyheads.compress.masa:MASA",
+    "minilm": "manyheads.compress.minilm:MiniLM",
 }
 
 
