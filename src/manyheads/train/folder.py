@@ -8,6 +8,7 @@
 | checkpoint.safetensors | all that training goes on from |
 | metrics.csv | one row every few steps and at every evaluation |
 | results.json | the final figures and what they were measured with |
+| teacher.safetensors, student | of ``train distil``: outputs kept, a folder for transformers |
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ O = TypeVar("O", bound=TrainOptions)  # noqa: E741
 _FILES = frozenset(
     (
         "options.json", "config.json", "model.safetensors", "tokenizer.json", "data.json",
-        "checkpoint.safetensors", "metrics.csv", "results.json", ".lock",
+        "checkpoint.safetensors", "metrics.csv", "results.json", "student", "teacher.safetensors",
+        ".lock",
     )
 )  # fmt: skip
 
