@@ -211,7 +211,7 @@ def install(policy: CachePolicy, model: nn.Module) -> None:
             f"attention is {inner!r}, which an evicting cache does not work with: "
             f"model.set_attn_implementation('sdpa') first, or one of {', '.join(_INNER)}"
         )
-    if policy.rotates:
+    if policy.rotates and next(model.parameters()).device.type != "meta":
         rotation(model)
     name = _PREFIX + inner
     AttentionInterface.register(name, _evicting(inner))
@@ -241,13 +241,25 @@ class _CacheMaker:
                 "caches: leave one away"
             )
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
-            mask = model_kwargs.get("attention_mask")
-            encodes = getattr(model.config, "is_encoder_decoder", False)
-            prompt = None if mask is None or encodes else mask.shape[-1]
+            prompt = self._prompt(generation_config, model_kwargs)
             model_kwargs["cache"] = new_cache(self.policy, model, prompt=prompt)
             return None
         make = type(model)._prepare_cache_for_generation
         return make(model, generation_config, model_kwargs, *args, **kw)
+
+    def _prompt(self, generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
+        """Return the prompt's tokens where they are not simply those of the first call."""
+        if not generation_config.prefill_chunk_size or self.policy.settings.budget_ratio is None:
+            return None
+        mask, new = model_kwargs.get("attention_mask"), generation_config.max_new_tokens
+        if mask is not None:
+            return int(mask.shape[-1])
+        if new is None:
+            raise ValueError(
+                "a budget that is a share of a prompt read in chunks needs to know the prompt: "
+                "give max_new_tokens instead of max_length"
+            )
+        return int(generation_config.max_length - new)
 
 
 def _evicting(inner: str) -> Attention:
