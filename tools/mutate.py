@@ -150,6 +150,27 @@ MUTATIONS = (
         "share = (1 / count.clamp_min(1))",
     ),
     Mutation(
+        "quantizable: what is clipped keeps its gradient",
+        "quantizable",
+        "attention/clipped_softmax/definition.py",
+        "return ((eta - gamma) * probabilities + gamma).clamp(0, 1)",
+        "y = (eta - gamma) * probabilities + gamma\n    return y + (y.clamp(0, 1) - y).detach()",
+    ),
+    Mutation(
+        "quantizable: a fully masked score passes all of its gradient",
+        "quantizable",
+        "models/language/quantizable/attention.py",
+        "return torch.maximum(scores + bias, least.to(scores.device))",
+        "return (scores + bias).clamp_min(float(least))",
+    ),
+    Mutation(
+        "quantizable: the zero point is not rounded",
+        "quantizable",
+        "compress/quantizable/quantizers.py",
+        "(-low / self.scale).round().clamp(*self.grid)",
+        "(-low / self.scale).clamp(*self.grid)",
+    ),
+    Mutation(
         "urpe: the multiplier is left out forwards",
         "urpe",
         "attention/urpe/fast.py",
@@ -379,6 +400,27 @@ MUTATIONS = (
         "models/vision/volo/losses.py",
         "label = kept * label + (1 - kept) * label.flip(0)",
         "label = (1 - kept) * label + kept * label.flip(0)",
+    ),
+    Mutation(
+        "ia-red2: the interpreter's keys lose their bias",
+        "ia-red2",
+        "models/vision/ia_red2/interpreter.py",
+        "torch.baddbmm(offset[..., None], reader, z.mT)",
+        "torch.baddbmm(0 * offset[..., None], reader, z.mT)",
+    ),
+    Mutation(
+        "ia-red2: a gathered batch keeps the padding as keys",
+        "ia-red2",
+        "models/vision/ia_red2/tokens.py",
+        "real = torch.arange(most, device=x.device) < counts[:, None]",
+        "real = torch.arange(most, device=x.device) <= counts[:, None]",
+    ),
+    Mutation(
+        "ia-red2: the kept share is not squared in the reward",
+        "ia-red2",
+        "models/vision/ia_red2/policy.py",
+        "1 - share.square()",
+        "1 - share",
     ),
 )
 

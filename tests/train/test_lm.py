@@ -231,3 +231,27 @@ def test_a_missing_extra_is_named(train_lm, monkeypatch, capsys) -> None:
     monkeypatch.setattr(launch, "require_extra", missing)
     assert train_lm("--out", "run") == 2
     assert "manyheads[train]" in capsys.readouterr().err
+
+
+def test_layers_that_share_their_attention(train_lm, tmp_path) -> None:
+    assert train_lm("--out", "run", "--share-attention", 1, "--mixers", "softmax*3") == 0
+    model = load_model(tmp_path / "run")
+    assert set(model.shared_atoms) == {"query", "key", "value", "output"}
+    assert model.config.sharing == {"atoms": 1}
+    options = ("--sharing", '{"kind": "repeat", "projections": ["query"]}')
+    run = ("--out", "other", "--share-attention", 1, "--mixers", "softmax*3")
+    assert train_lm(*run, *options) == 0
+    assert set(load_model(tmp_path / "other").shared_atoms) == {"query"}
+
+
+def test_three_layers_for_each_shared_matrix() -> None:
+    options = lm.LMOptions(share_attention=4).resolved()
+    assert options.mixers == "softmax*12"
+    assert "--share-attention 4" in options.command()
+    assert lm.LMOptions.of_preset("smoke", share_attention=2).resolved().mixers == "softmax*6"
+    assert lm.LMOptions(share_attention=4, mixers="gla*8").resolved().mixers == "gla*8"
+    assert lm.LMOptions().resolved().mixers == "gla*3,softmax"
+    with pytest.raises(ValueError, match="needs share_attention"):
+        lm.LMOptions(sharing='{"kind": "repeat"}')
+    with pytest.raises(ValueError, match="share_attention is 0"):
+        lm.LMOptions(share_attention=0)

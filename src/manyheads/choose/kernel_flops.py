@@ -51,9 +51,21 @@ def _recurrent(a: Arguments, out: Any) -> int:
     return 2 * a["query"].numel() * a["value"].shape[-1]
 
 
+def _landmark_decode(a: Arguments, out: Any) -> int:
+    # Scores of all landmarks; keys and values of the fetched blocks, and of the token's own.
+    heads, size = a["query"].shape[0] * a["query"].shape[1], a["keys"].shape[3]
+    dim, values = a["query"].shape[2], out.shape[2]
+    count = min(a["top_k"], a["stored"])
+    own = 1 + (0 if a["tail_key"] is None else a["tail_key"].shape[2])
+    near = min(own, size - 1) * (dim + values)
+    far = a["stored"] * dim + count * (size * dim + (size - 1) * values)
+    return 2 * heads * (near + far)
+
+
 KERNELS: dict[str, Callable[[Arguments, Any], int]] = {
     "manyheads::gla_step": _gla_step,
     "manyheads::recurrent_scan": _recurrent,
+    "manyheads::landmark_decode": _landmark_decode,
     "manyheads::aaren_step": lambda a, out: 0,
     "manyheads::prefix_softmax": _prefix,
     "manyheads::prefix_softmax_backward": _prefix_backward,

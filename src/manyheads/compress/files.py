@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -185,6 +186,7 @@ def save_model(
     *,
     companions: str | PathLike[str] | None = None,
     overwrite: bool = False,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model that procedures made; the folder appears whole or not at all.
 
@@ -197,6 +199,7 @@ def save_model(
         out: a folder that does not exist, or is empty.
         companions: a folder whose tokenizer and preprocessing files go along.
         overwrite: replace what is there.
+        write_more: called with the folder before it appears, for what belongs into it.
 
     Raises:
         ValueError: the folder holds something already.
@@ -213,6 +216,8 @@ def save_model(
             for name in _COMPANIONS:
                 if (Path(companions) / name).is_file() and not (draft / name).exists():
                     shutil.copy2(Path(companions) / name, draft / name)
+        if write_more is not None:
+            write_more(draft)
         if target.exists():
             shutil.rmtree(target)
         draft.replace(target)

@@ -28,8 +28,15 @@ Batch = Mapping[str, Tensor]
 
 # One line a procedure: the name and the file whose class is the procedure.
 _FILES = {
+    "a2sf": "manyheads.compress.a2sf:A2SF",
+    "h2o": "manyheads.compress.a2sf:H2O",
+    "int8": "manyheads.compress.quantizable:Int8",
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
     "minilm": "manyheads.compress.minilm:MiniLM",
+    "masa": "manyheads.compress.masa:MASA",
+    "sink-recent": "manyheads.compress.a2sf:SinkRecent",
+    "snapkv": "manyheads.compress.a2sf:SnapKV",
+    "streaming": "manyheads.compress.a2sf:StreamingLLM",
 }
 
 
@@ -217,6 +224,16 @@ class Procedure:
         The state dict of an applied model loads into it strictly.
         """
         raise NotImplementedError
+
+    @classmethod
+    def candidates(cls, model: nn.Module, given: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return settings from mild to strong for a search; empty where there is nothing to try.
+
+        Args:
+            model: to be shrunk.
+            given: settings that are fixed already.
+        """
+        return []
 
     @classmethod
     def is_stock(cls, structure: dict[str, Any], model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from manyheads.layers.activations import activation
 
-__all__ = ["MLP", "GatedMLP", "swiglu_width"]
+__all__ = ["MLP", "GatedMLP", "PlainMLP", "swiglu_width"]
 
 
 def swiglu_width(dim: int, *, ratio: float = 4, multiple: int = 256) -> int:
@@ -31,6 +31,19 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainMLP(nn.Module):
+    """down(act(up(x))), without biases."""
+
+    def __init__(self, dim: int, hidden: int, *, activation_name: str = "gelu") -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.act = activation(activation_name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
 
 
 class MLP(nn.Module):

@@ -90,6 +90,7 @@ def model_config(options: LMOptions, vocab_size: int) -> MixerLMConfig:
         tie_embeddings=options.tie_embeddings,
         max_length=max(2048, options.length),
         dropout=options.dropout,
+        sharing=options.read_sharing(),
     )
 
 

@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from manyheads.layers.sharing import AtomDictionary, CoefficientNetwork
 
 __all__ = ["adamw", "cosine", "parameter_groups", "set_learning_rate"]
 
@@ -16,12 +18,18 @@ _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Sort the trainable parameters into those that decay and those that do not.
 
-    The weights of linear and convolution layers decay. Norms, biases, embeddings (also where one
-    is tied to an output matrix), tables of positions, gates and bare parameters do not.
+    The weights of linear and convolution layers decay, and the atoms that layers share. Norms,
+    biases, embeddings (also where one is tied to an output matrix), tables of positions, gates,
+    coefficients of atoms, what makes them, and bare parameters do not.
     """
-    matrices, embeddings = set(), set()
+    matrices: set[Tensor] = set()
+    embeddings: set[Tensor] = set()
     for module in model.modules():
-        if isinstance(module, _MATRICES):
+        if isinstance(module, AtomDictionary):
+            matrices.add(module.atoms)
+        elif isinstance(module, CoefficientNetwork):
+            embeddings.update(module.parameters())
+        elif isinstance(module, _MATRICES):
             matrices.add(module.weight)
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             embeddings.add(module.weight)

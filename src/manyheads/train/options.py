@@ -236,6 +236,11 @@ class LMOptions(MixerOptions):
         vocab_size: tokens of the bpe vocabulary.
         tie_embeddings: use the embedding as output matrix.
         length: tokens a sequence.
+        share_attention: matrices that all layers share, for each of query, key, value and output
+          (masa); with the usual mixers and no num_layers the model has three softmax layers for
+          each, which saves two thirds of them.
+        sharing: how they are shared, as JSON, such as '{"kind": "repeat"}' or
+          '{"projections": ["query", "key", "value"]}'.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -255,9 +260,37 @@ class LMOptions(MixerOptions):
     vocab_size: int = 4096
     tie_embeddings: bool = True
     length: int = 512
+    share_attention: int | None = None
+    sharing: str = "{}"
+
+    def __post_init__(self) -> None:
+        MixerOptions.__post_init__(self)
+        self.read_sharing()
+
+    def resolved(self) -> Self:
+        """Return a copy with the layers that share filled in, and the rest."""
+        usual = (self.presets.get(self.preset, {}).get("mixers"), "gla*3,softmax")
+        done = self
+        if self.share_attention and self.mixers in usual and self.num_layers is None:
+            done = self.replace(mixers=f"softmax*{3 * self.share_attention}")
+        return MixerOptions.resolved(done)
+
+    def read_sharing(self) -> dict[str, Any]:
+        """Return what a model's config takes as ``sharing``; empty without ``share_attention``.
+
+        Raises:
+            ValueError: no JSON object, or ways of sharing without a number of matrices.
+        """
+        read = _json_object("sharing", self.sharing)
+        if self.share_attention is None:
+            if read:
+                raise ValueError(f"sharing {self.sharing!r} needs share_attention: give a number")
+            return {}
+        return {"atoms": self.share_attention} | read
 
     def _least(self) -> dict[str, float]:
-        return MixerOptions._least(self) | {"length": 1, "eval_tokens": 2, "max_bytes": 1}
+        least = {"length": 1, "eval_tokens": 2, "max_bytes": 1, "share_attention": 1}
+        return MixerOptions._least(self) | least
 
     def _title(self) -> tuple[str | None, ...]:
         return (self.mixers, self.data.rstrip("/").split("/")[-1].split(":")[-1])

@@ -163,6 +163,18 @@ class LLMDrop(Procedure):
         return remove(model, structure)
 
     @classmethod
+    def candidates(cls, model: nn.Module, given: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = anatomy(model)
+        if parts.shared:
+            return [given | {"blocks": n} for n in range(1, parts.layers)]
+        kind = next((k for k in (*_KINDS, "blocks", "joint") if k in given), "joint")
+        fixed = {k: v for k, v in given.items() if k != kind}
+        roles = {"attention": 1, "mlp": 0, "cross": 0, "blocks": 1, "joint": 1}
+        there = len(parts.blocks) * (2 if kind == "joint" else 1)
+        most = max(1, there * 3 // 4) if kind == "joint" else there - roles[kind]
+        return [fixed | {kind: n} for n in range(1, most + 1)]
+
+    @classmethod
     def is_stock(cls, structure: dict[str, Any], model: nn.Module) -> bool:
         scaled = getattr(getattr(model, "config", None), "scale_attn_by_inverse_layer_idx", False)
         return not structure.get("drop") and not scaled

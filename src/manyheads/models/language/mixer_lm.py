@@ -5,19 +5,22 @@ B batch, N length, C embed_dim, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.config import Config
+from manyheads.errors import unknown_name
 from manyheads.layers.absolute import sinusoidal
 from manyheads.layers.keymap import KeyMap
 from manyheads.layers.mixer import SequenceMixer
-from manyheads.layers.mlp import GatedMLP, swiglu_width
+from manyheads.layers.mlp import GatedMLP, PlainMLP, swiglu_width
 from manyheads.layers.norms import RMSNorm
 from manyheads.layers.ragged import positions, sequence_ids
+from manyheads.layers.sharing import SharingConfig, named_slots, share, store_coefficients, to_dense
 from manyheads.models.base import Model
 from manyheads.models.language.causal import CausalLM, LMState
 from manyheads.models.language.pattern import parse_pattern
@@ -52,11 +55,15 @@ class MixerLMConfig(Config):
         mixer_options: further options of a mechanism's config, by mechanism name.
         mlp_ratio: hidden width of a plain MLP; the gated one has as many parameters.
         mlp_multiple: its width is rounded up to this.
+        mlp: "gated" (SwiGLU), or "gelu": the plain one.
         tie_embeddings: whether the output matrix is the embedding.
         add_positions: sinusoidal positions on the embeddings; "auto": where a mechanism of the
             pattern does not know positions by itself.
         max_length: for mechanisms with a table of positions.
         norm_eps, dropout: as named; dropout acts on both branches.
+        sharing: how layers share their attention matrices, options of
+            :class:`~manyheads.layers.sharing.SharingConfig`, such as ``{"atoms": 4}``; empty:
+            every layer has its own.
     """
 
     vocab_size: int = 256
@@ -67,13 +74,19 @@ class MixerLMConfig(Config):
     mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     mlp_ratio: float = 4
     mlp_multiple: int = 32
+    mlp: Literal["gated", "gelu"] = "gated"
     tie_embeddings: bool = True
     add_positions: bool | Literal["auto"] = "auto"
     max_length: int = 2048
     norm_eps: float = 1e-6
     dropout: float = 0.0
+    sharing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.mlp not in ("gated", "gelu"):
+            raise unknown_name("mlp", self.mlp, ("gated", "gelu"))
+        if self.sharing:
+            SharingConfig.from_dict(self.sharing)
         names = set(self.layer_types)
         for name in self.mixer_options:
             if name not in names:
@@ -114,16 +127,23 @@ def build_mixer(
 
 
 class MixerBlock(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)), with a gated MLP."""
+    """x += mixer(norm(x)); x += mlp(norm(x)), with a gated MLP or a plain one."""
 
     def __init__(
-        self, mixer: SequenceMixer, dim: int, hidden: int, *, eps: float, dropout: float
+        self,
+        mixer: SequenceMixer,
+        dim: int,
+        hidden: int,
+        *,
+        eps: float,
+        dropout: float,
+        gated: bool = True,
     ) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(dim, eps=eps)
         self.mixer = mixer
         self.mlp_norm = RMSNorm(dim, eps=eps)
-        self.mlp = GatedMLP(dim, hidden)
+        self.mlp = GatedMLP(dim, hidden) if gated else PlainMLP(dim, hidden)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -182,7 +202,9 @@ class MixerLM(CausalLM):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.embed_dim)
-        hidden = swiglu_width(c.embed_dim, ratio=c.mlp_ratio, multiple=c.mlp_multiple)
+        hidden = int(c.embed_dim * c.mlp_ratio)
+        if c.mlp == "gated":
+            hidden = swiglu_width(c.embed_dim, ratio=c.mlp_ratio, multiple=c.mlp_multiple)
         blocks = [
             MixerBlock(
                 build_mixer(
@@ -197,6 +219,7 @@ class MixerLM(CausalLM):
                 hidden,
                 eps=c.norm_eps,
                 dropout=c.dropout,
+                gated=c.mlp == "gated",
             )
             for name in c.layer_types
         ]
@@ -206,6 +229,8 @@ class MixerLM(CausalLM):
         initialise(self, blocks)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
+        if c.sharing:
+            share(self, named_slots(self), SharingConfig.from_dict(c.sharing))
 
     @property
     def _blocks(self) -> list[MixerBlock]:
@@ -253,6 +278,18 @@ class MixerLM(CausalLM):
         if self.config.has_positions:
             x = x + POSITION_SCALE * sinusoidal(places, self.config.embed_dim).to(x)
         return x
+
+    def export(self, *, dense: bool = True) -> Self:
+        """Return a copy for use, of a model whose layers share matrices; exact.
+
+        Args:
+            dense: every layer has its mixed matrices, and nothing is shared any more; False: the
+                atoms stay, and a network that made coefficients gives way to its table.
+        """
+        made, sharing = copy.deepcopy(self), self.config.sharing
+        direct = {**sharing, "coefficients": "direct"} if sharing and not dense else {}
+        made.config = self.config.replace(sharing=direct)
+        return to_dense(made) if dense else store_coefficients(made)
 
     def key_map(self) -> KeyMap:
         """A MixerLM is our own: official names are ours."""
