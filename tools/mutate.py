@@ -66,6 +66,20 @@ MUTATIONS = (
         "links = (x.shape[dim] - 1) // step - 1",
     ),
     Mutation(
+        "minilm: the divergence with its sides exchanged",
+        "minilm",
+        "compress/minilm/losses.py",
+        "target = teacher.exp()",
+        "target = student.exp()",
+    ),
+    Mutation(
+        "minilm: every token counts alike instead of every sample",
+        "minilm",
+        "compress/minilm/losses.py",
+        "(real.clamp_min(1) * samples * heads)",
+        "(real.sum() * heads)",
+    ),
+    Mutation(
         "gla: the sign of the gate's gradient",
         "gla",
         "attention/gla/fast.py",
