@@ -32,14 +32,12 @@ _FILES = {
     "h2o": "manyheads.compress.a2sf:H2O",
     "int8": "manyheads.compress.quantizable:Int8",
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
+    "masa": "manyheads.compress.masa:MASA",
     "minilm": "manyheads.compress.minilm:MiniLM",
     "quamba": "manyheads.compress.quamba:Quamba",
-    "masa": "manyheads.compress.masa:MASA",
     "sink-recent": "manyheads.compress.a2sf:SinkRecent",
     "snapkv": "manyheads.compress.a2sf:SnapKV",
     "streaming": "manyheads.compress.a2sf:StreamingLLM",
-    "masa": "manyheads.compress.masa:MASA",
-    "minilm": "manyheads.compress.minilm:MiniLM",
 }
 
 
