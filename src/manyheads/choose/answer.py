@@ -208,7 +208,7 @@ def _reasons(
 ) -> tuple[str, ...]:
     """Return two sentences: the cost, then what the choice rests on."""
     workload = results.workload
-    at = f"{'at' if workload.grid is None else 'on'} {workload.where(workload.length)}"
+    at = f"{'at length' if workload.grid is None else 'on'} {workload.where(workload.length)}"
     others = [m for m in scores if m != best and scores[m]["time"] is not None]
     if best == REFERENCE:
         quicker = [m for m in others if scores[m]["time"] < scores[REFERENCE]["time"]]

@@ -103,7 +103,7 @@ def _time(results: Results) -> Picture | None:
         phases = [p for p in phases if p != "forward"]
     if not phases:
         return None
-    with _figure(len(phases)) as (figure, axes):
+    with _figure(results, len(phases)) as (figure, axes):
         for axis, phase in zip(axes, phases, strict=True):
             _lines(results, axis, phase)
             axis.set_title(_TITLES[phase])
@@ -171,7 +171,7 @@ def _memory(results: Results) -> Picture | None:
     ]  # fmt: skip
     if not panels:
         return None
-    with _figure(len(panels)) as (figure, axes):
+    with _figure(results, len(panels)) as (figure, axes):
         for axis, (field, title) in zip(axes, panels, strict=True):
             ends = []
             for mixer, rows in _series(results, field).items():
@@ -190,12 +190,12 @@ def _memory(results: Results) -> Picture | None:
 
 
 def _text(results: Results) -> Picture | None:
-    task = results.workload.main_task
+    task = "images" if any(q.task == "images" for q in results.quality) else "text"
     rows = {q.mixer: q for q in results.quality if q.task == task and len(q.curve) > 1}
     if not rows:
         return None
     unit = "tokens" if task == "text" else "images"
-    with _figure(2, share_y=True) as (figure, axes):
+    with _figure(results, 2, share_y=True) as (figure, axes):
         for axis, place, title in (
             (axes[0], 0, f"Held-out {task} against training time"),
             (axes[1], 1, f"Held-out {task} against {unit} read"),
@@ -227,7 +227,7 @@ def _probes(results: Results) -> Picture | None:
     )
     if not tasks:
         return None
-    with _figure(len(tasks), share_y=True) as (figure, axes):
+    with _figure(results, len(tasks), share_y=True) as (figure, axes):
         for axis, task in zip(axes, tasks, strict=True):
             rows = [q for q in results.quality if q.task == task and q.value is not None]
             sized = all(q.state_bytes for q in rows)
@@ -264,16 +264,16 @@ def _probes(results: Results) -> Picture | None:
 
 
 def _series(results: Results, field: str) -> dict[str, list[CostRow]]:
-    """Return the rows that have this figure, by mixer, ascending in length."""
+    """Return the rows that have this figure, by mixer, ascending in length; 0 has no logarithm."""
     found: dict[str, list[CostRow]] = {}
     for row in sorted(results.cost, key=lambda r: r.length):
-        if getattr(row, field) is not None:
+        if getattr(row, field):
             found.setdefault(row.mixer, []).append(row)
     return found
 
 
 @contextmanager
-def _figure(panels: int, *, share_y: bool = False) -> Any:
+def _figure(results: Results, panels: int, *, share_y: bool = False) -> Any:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -281,7 +281,8 @@ def _figure(panels: int, *, share_y: bool = False) -> Any:
     from matplotlib.figure import Figure
 
     with rc_context(_STYLE | {"svg.hashsalt": "manyheads"}):
-        figure = Figure(figsize=(6.0 * panels, 4.4))
+        height = max(4.4, 1.4 + 0.2 * len(results.workload.candidates))  # a line for each name
+        figure = Figure(figsize=(6.0 * panels, height))
         axes = figure.subplots(1, panels, squeeze=False, sharey=share_y)[0]
         yield figure, list(axes)
 

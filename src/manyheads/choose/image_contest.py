@@ -18,15 +18,14 @@ from manyheads.choose.results import Results
 from manyheads.data.images import ImageData, ImageSplit, open_image
 from manyheads.data.seeding import epoch_indices, generator
 from manyheads.models.vision.metaformer import MetaFormer, MetaFormerConfig
-from manyheads.train.options import VisionOptions
-from manyheads.train.vision_data import transform
 
 __all__ = ["image_contest", "small_metaformer"]
 
+_SIDE = 32
 # Patches do not overlap, so that places tell each other something by their mixers alone.
 SMALL = MetaFormerConfig(
     depths=(2, 2), embed_dims=(32, 64), mlp_ratios=(2, 2), patch=(4, 4, 0), down=(2, 2, 0),
-    positions=0, image_size=32, norm="channel", layer_scale=None,
+    positions=0, image_size=_SIDE, norm="channel", layer_scale=None,
 )  # fmt: skip
 _BATCH = 64
 # Of 32 x 32 in colour these are 270 MB in memory; what is beyond them is not read.
@@ -78,11 +77,15 @@ def image_contest(results: Results) -> Contest:
 
 
 def _tensors(data: ImageData, split: ImageSplit, most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return images (n, C, H, W), normalised, at the small model's size, and their classes."""
+    """Return images (n, C, H, W) from -1 to 1, at the small model's size, and their classes."""
+    from PIL import Image, ImageOps
+
     index = np.arange(len(split))
     if len(index) > most:
         index = np.sort(generator(seed).choice(index, most, replace=False))
-    options = VisionOptions(data=data.name, image_size=SMALL.image_size)  # type: ignore[arg-type]
-    make = transform(options, data.in_channels, training=False)
-    images = [make(open_image(split.images[i], data.in_channels)) for i in index.tolist()]
-    return torch.stack(images), torch.from_numpy(split.labels[index])
+    images = []
+    for i in index.tolist():
+        image = open_image(split.images[i], data.in_channels)
+        fitted = np.asarray(ImageOps.fit(image, (_SIDE, _SIDE), Image.Resampling.BICUBIC))
+        images.append(torch.from_numpy(fitted.copy()).view(_SIDE, _SIDE, -1).permute(2, 0, 1))
+    return torch.stack(images) / 127.5 - 1.0, torch.from_numpy(split.labels[index])

@@ -146,7 +146,7 @@ def cost_cells(results: Results, *, quality: bool = True) -> tuple[list[str], li
         (title, lambda r, cells=cells: cells.get(r.mixer, "-"))  # type: ignore[misc]
         for title, cells in (_quality_columns(results.quality) if quality else ())
     ]
-    notes = [f"one layer without its projections at length {w.length:,}; state per layer"]
+    notes = [f"one layer without its projections at length {w.where(w.length)}; state per layer"]
     if w.grid is not None:
         notes = [f"one mixer with its projections on {w.where(w.length)}; N: places of the map"]
     if any(r.predicted for r in rows):
@@ -160,13 +160,14 @@ def length_table(results: Results) -> str:
     """Return the main time of every candidate at every length."""
     w = results.workload
     what = "train" if "train" in w.does else "forward"
+    name = "forward and backward" if what == "train" else "forward"
     mixers = list(dict.fromkeys(r.mixer for r in results.cost))
     cells = {(r.mixer, r.length): _time(r, what, spread=False) for r in results.cost}
-    names = {n: f"{n:,}" if w.grid is None else w.where(n) for n in w.ladder}
-    rows = [[names[n], *(cells.get((m, n), "-") for m in mixers)] for n in w.ladder]
-    name = "forward and backward" if what == "train" else "forward"
-    axis = "length" if w.grid is None else "map"
-    return f"{name} by {axis}\n" + text_table([axis, *mixers], rows, left=0)
+    if w.grid is not None:  # few maps, many mixers
+        rows = [[m, *(cells.get((m, n), "-") for n in w.ladder)] for m in mixers]
+        return f"{name} by map\n" + text_table(["mixer", *map(w.where, w.ladder)], rows)
+    rows = [[w.where(n), *(cells.get((m, n), "-") for m in mixers)] for n in w.ladder]
+    return f"{name} by length\n" + text_table(["length", *mixers], rows, left=0)
 
 
 def answer_text(results: Results) -> str:
@@ -217,14 +218,10 @@ def gaps(results: Results) -> list[str]:
 
 
 def _at(name: str, lengths: list[str], w: Workload) -> str:
-    shown = [_place(int(n), w) if n.isdigit() else n for n in lengths]
+    shown = [w.where(int(n)) if n.isdigit() else n for n in lengths]
     if len(shown) > 2:
         shown = [f"{shown[0]} to {shown[-1]}"]
     return f"{name} at {' and '.join(shown)}" if shown else name
-
-
-def _place(length: int, w: Workload) -> str:
-    return f"{length:,}" if w.grid is None else w.where(length)
 
 
 def _main_seconds(row: CostRow, workload: Workload) -> float:

@@ -211,9 +211,9 @@ class Workload(Config):
         return (*([] if self.main_task is None else [self.main_task]), *self.probes)
 
     def where(self, length: int) -> str:
-        """Return a length in words: "length 4,096", "56 x 56"."""
+        """Return a length as people read it: "4,096", or the map "56 x 56"."""
         if self.grid is None:
-            return f"length {length:,}"
+            return f"{length:,}"
         return "{} x {}".format(*map_of(self.grid, length))
 
     def subject(self, name: str) -> Mechanism | GridSubject:
