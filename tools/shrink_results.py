@@ -21,7 +21,7 @@ PROMPTS = "builtin:whisper --calibrate builtin:librivox --evaluate builtin:promp
 RUNS = {
     "minilm-attention": f"{MINILM} --method llm-drop --set attention=0 --budget quality=0.05",
     "minilm-blocks": f"{MINILM} --method llm-drop --set blocks=0 --budget quality=0.05",
-    "minilm-attention-verses": f"{VERSES} --method llm-drop --set attention=0 --budget quality=0.05",
+    "minilm-verses": f"{VERSES} --method llm-drop --set attention=0 --budget quality=0.05",
     "minilm-int8": f"{MINILM} --method int8",
     "whisper-attention": f"{WHISPER} --method llm-drop --drop-attention 1",
     "whisper-mlp": f"{WHISPER} --method llm-drop --drop-mlp 1",

@@ -26,7 +26,7 @@ def measure(progress: Callable[[str], None]) -> Measurement:
         MissingExtraError: the package with the weights, gensim or transformers is not installed.
     """
     from manyheads.compress import open_model
-    from manyheads.compress.llm_drop import LLMDrop, measure_similarities
+    from manyheads.compress.llm_drop import LLMDrop, LLMDropConfig, measure_similarities
     from manyheads.data.lee import load_lee
     from manyheads.data.packages import minilm_folder
 
@@ -38,7 +38,8 @@ def measure(progress: Callable[[str], None]) -> Measurement:
     smaller: dict[str, nn.Module] = {"full": model}
     for n in _DROPS:
         for kind in ("attention", "mlp"):
-            plan = LLMDrop(**{kind: n}).plan(model, calibration)
+            method = LLMDrop(LLMDropConfig.from_dict({kind: n}))
+            plan = method.plan(model, calibration)
             smaller[f"{kind} {n}"] = plan.apply(model)
     smaller["attention all"] = LLMDrop(attention=6).plan(model, calibration).apply(model)
     progress("judging on the Lee documents")
