@@ -95,7 +95,7 @@ def test_intermediates() -> None:
         with pytest.raises(ValueError, match="give -4 to 3"):
             model.forward_intermediates(x, wrong)
     with pytest.raises(ValueError, match="output_fmt"):
-        model.forward_intermediates(x, output_fmt="NLC")
+        model.forward_intermediates(x, output_fmt="NCWH")
 
 
 def test_heads() -> None:
