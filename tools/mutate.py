@@ -430,6 +430,20 @@ MUTATIONS = (
         "real = torch.arange(most, device=x.device) <= counts[:, None]",
     ),
     Mutation(
+        "a2sf: old scores are not forgotten when a token is added",
+        "a2sf",
+        "compress/a2sf/a2sf.py",
+        "self.settings.alpha ** real.sum(-1).float()",
+        "1.0 ** real.sum(-1).float()",
+    ),
+    Mutation(
+        "a2sf: one recent token fewer is protected in the simulation",
+        "a2sf",
+        "compress/a2sf/simulate.py",
+        "[:, :, sink : t - recent + 1]",
+        "[:, :, sink : t - recent + 2]",
+    ),
+    Mutation(
         "ia-red2: the kept share is not squared in the reward",
         "ia-red2",
         "models/vision/ia_red2/policy.py",

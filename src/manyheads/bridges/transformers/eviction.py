@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -26,6 +24,7 @@ from transformers.cache_utils import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from manyheads.bridges.transformers.evicting_cache import LAYER, EvictingCache, EvictingLayer
 from manyheads.bridges.transformers.rotation import rotation
 from manyheads.compress.a2sf.policy import CachePolicy
 from manyheads.compress.a2sf.state import EvictionState, Rotate
@@ -34,116 +33,8 @@ __all__ = ["EvictingCache", "EvictingLayer", "attached", "install", "new_cache"]
 
 _PREFIX = "manyheads_evicting_"
 _INNER = ("eager", "sdpa", "manyheads_softmax", "manyheads_lean")
-# The layer travels with the keys that it hands to the attention function, which is told of no
-# cache.
-_LAYER = "_manyheads_layer"
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class EvictingLayer(CacheLayerMixin):
-    """One layer: the number of tokens that it saw is its length, what it holds is its budget's."""
-
-    is_croppable = False
-
-    def __init__(self, state: EvictionState) -> None:
-        self.state = state
-        super().__init__()
-        self.is_sliding = state.window is not None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """(B, G, n, D), of the tokens held."""
-        return self.state.read("key")
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        _refuse(value)
-
-    @property
-    def values(self) -> Tensor | None:
-        """(B, G, n, D), of the tokens held."""
-        return self.state.read("value")
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        _refuse(value)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return all keys and values that the new tokens may attend to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self.state.append(key_states, value_states)
-        setattr(keys, _LAYER, self)
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Ask for the mask of the new tokens among themselves; the state knows the rest."""
-        return query_length, self.state.seen
-
-    def get_seq_length(self) -> int:
-        """Return the tokens seen, evicted ones included."""
-        return self.state.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.state.reset()
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError(
-                f"{tokens_to_remove} tokens cannot be taken back from a cache that evicts: "
-                "generate without an assistant model"
-            )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state.batch(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.state.batch(lambda t: t[indices.to(t.device)])
-
-    def offload(self) -> None:
-        self.state.batch(lambda t: t.to("cpu"))
-
-    def prefetch(self) -> None:
-        self.state.batch(lambda t: t.to(self.device))
-
-
-class EvictingCache(DynamicCache):
-    """A cache whose layers hold no more than a policy's budget."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        Cache.__init__(self, layers=layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers: keys, values, scales, positions and scores."""
-        return sum(_nbytes(layer) for layer in self.layers)
-
-    def lengths(self) -> list[int]:
-        """Return the tokens that each layer holds."""
-        return [_held(layer) for layer in self.layers]
-
-    def positions(self, layer: int) -> Tensor:
-        """Return which tokens a layer holds, (B, G, n), counted from the first one it saw."""
-        chosen = self.layers[layer]
-        if not isinstance(chosen, EvictingLayer):
-            raise ValueError(f"layer {layer} is a {type(chosen).__name__}, which evicts nothing")
-        if chosen.state.held is None:
-            raise ValueError("the cache is empty: generate with it first")
-        return chosen.state.held["position"]
 
 
 def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = None) -> Cache:
@@ -275,10 +166,10 @@ def _evicting(inner: str) -> Attention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         attend: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(inner, _eager(module))
-        layer: EvictingLayer | None = getattr(key, _LAYER, None)
+        layer: EvictingLayer | None = getattr(key, LAYER, None)
         if layer is None:
             return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        delattr(key, _LAYER)
+        delattr(key, LAYER)
         if kwargs.get("position_bias") is not None or kwargs.get("s_aux") is not None:
             raise ValueError(
                 f"{type(module).__name__} adds a bias or sinks to its attention, which an "
@@ -325,25 +216,6 @@ def _decoder_config(model: PreTrainedModel) -> Any:
     return config
 
 
-def _refuse(value: Tensor | None) -> None:
-    if value is not None:
-        raise ValueError("an evicting cache is filled by update() alone")
-
-
 def _bounded(policy: CachePolicy, layer: int, window: int) -> bool:
     """Say whether transformers' own sliding window holds no more than the budget."""
     return policy.settings.budget_ratio is None and policy.budget(layer, 0) >= window
-
-
-def _nbytes(layer: Any) -> int:
-    if isinstance(layer, EvictingLayer):
-        return layer.state.nbytes
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
-
-
-def _held(layer: Any) -> int:
-    if isinstance(layer, EvictingLayer):
-        return 0 if layer.state.held is None else len(layer.state.held)
-    keys = getattr(layer, "keys", None)
-    return 0 if keys is None else int(keys.shape[-2])
