@@ -380,6 +380,27 @@ MUTATIONS = (
         "label = kept * label + (1 - kept) * label.flip(0)",
         "label = (1 - kept) * label + kept * label.flip(0)",
     ),
+    Mutation(
+        "masa: atoms' gradients without the coefficients",
+        "masa",
+        "layers/sharing/op.py",
+        "coefficients.to(part)[:, None, None] * part",
+        "torch.ones_like(coefficients.to(part))[:, None, None] * part",
+    ),
+    Mutation(
+        "masa: KL the other way round",
+        "masa",
+        "compress/masa/mathematics.py",
+        "(before.exp() * (before - after)).sum(-1)",
+        "(after.exp() * (after - before)).sum(-1)",
+    ),
+    Mutation(
+        "masa: the correction is not taken back out of the whitened space",
+        "masa",
+        "compress/masa/mathematics.py",
+        "down = torch.linalg.solve_triangular(root, scaled, upper=True)",
+        "down = scaled",
+    ),
 )
 
 
