@@ -449,6 +449,25 @@ MUTATIONS = (
         "models/vision/ia_red2/policy.py",
         "1 - share.square()",
         "1 - share",
+        "masa: atoms' gradients without the coefficients",
+        "masa",
+        "layers/sharing/op.py",
+        "coefficients.to(part)[:, None, None] * part",
+        "torch.ones_like(coefficients.to(part))[:, None, None] * part",
+    ),
+    Mutation(
+        "masa: KL the other way round",
+        "masa",
+        "compress/masa/mathematics.py",
+        "(before.exp() * (before - after)).sum(-1)",
+        "(after.exp() * (after - before)).sum(-1)",
+    ),
+    Mutation(
+        "masa: the correction is not taken back out of the whitened space",
+        "masa",
+        "compress/masa/mathematics.py",
+        "down = torch.linalg.solve_triangular(root, scaled, upper=True)",
+        "down = scaled",
     ),
 )
 

@@ -126,6 +126,8 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
         "ia_red2_deit_small",
         {"groups": (1, 1, 1), "embed_dim": 24, "num_heads": 2, "num_classes": 7,
          "image_size": (64, 96), "qkv_bias": False},
+        64,
+    ),
     "flowformer": (
         "flowformer_vision_96",
         {"depths": (1, 1, 2, 1), "embed_dims": (12, 24, 24, 36), "num_classes": 7,
