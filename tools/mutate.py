@@ -449,6 +449,8 @@ MUTATIONS = (
         "models/vision/ia_red2/policy.py",
         "1 - share.square()",
         "1 - share",
+    ),
+    Mutation(
         "masa: atoms' gradients without the coefficients",
         "masa",
         "layers/sharing/op.py",
