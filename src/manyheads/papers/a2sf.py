@@ -283,6 +283,7 @@ PAPER = Paper(
         "manyheads.compress.a2sf.StreamingLLM",
         "manyheads.compress.a2sf.simulate_eviction",
     ),
+    recipe="manyheads shrink MODEL --method a2sf --set budget_tokens=256",
     claim=Claim(
         statement=(
             "At the same cache, forgetting keeps more accuracy than accumulated attention; a "
