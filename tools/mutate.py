@@ -66,6 +66,20 @@ MUTATIONS = (
         "links = (x.shape[dim] - 1) // step - 1",
     ),
     Mutation(
+        "minilm: the divergence with its sides exchanged",
+        "minilm",
+        "compress/minilm/losses.py",
+        "target = teacher.exp()",
+        "target = student.exp()",
+    ),
+    Mutation(
+        "minilm: every token counts alike instead of every sample",
+        "minilm",
+        "compress/minilm/losses.py",
+        "(real.clamp_min(1) * samples * heads)",
+        "(real.sum() * heads)",
+    ),
+    Mutation(
         "gla: the sign of the gate's gradient",
         "gla",
         "attention/gla/fast.py",
@@ -435,6 +449,27 @@ MUTATIONS = (
         "models/vision/ia_red2/policy.py",
         "1 - share.square()",
         "1 - share",
+    ),
+    Mutation(
+        "masa: atoms' gradients without the coefficients",
+        "masa",
+        "layers/sharing/op.py",
+        "coefficients.to(part)[:, None, None] * part",
+        "torch.ones_like(coefficients.to(part))[:, None, None] * part",
+    ),
+    Mutation(
+        "masa: KL the other way round",
+        "masa",
+        "compress/masa/mathematics.py",
+        "(before.exp() * (before - after)).sum(-1)",
+        "(after.exp() * (after - before)).sum(-1)",
+    ),
+    Mutation(
+        "masa: the correction is not taken back out of the whitened space",
+        "masa",
+        "compress/masa/mathematics.py",
+        "down = torch.linalg.solve_triangular(root, scaled, upper=True)",
+        "down = scaled",
     ),
 )
 
