@@ -257,9 +257,16 @@ def test_a_plan_is_saved_applied_and_loaded_again(name, tmp_path) -> None:
     out = generate(small, prompt())
     assert out.cache.lengths() == [9] * 4
     assert not isinstance(generate(model, prompt()).cache, EvictingCache)
+    with torch.no_grad():
+        assert small(prompt(), use_cache=True).cache.lengths() == [9] * 4
+        torch.testing.assert_close(small(prompt()).logits, model(prompt()).logits)
     loaded = load_model(save_model(small, tmp_path / "small"))
     auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    for other in (loaded, auto, copy.deepcopy(small)):
+    again = plan.apply(plan.apply(model, inplace=False), inplace=True)
+    assert len(again._forward_pre_hooks) == 1
+    with H2O(budget=5).attach(again):  # within it, the other policy; afterwards its own again
+        assert generate(again, prompt()).cache.lengths() == [5] * 4
+    for other in (loaded, auto, again, copy.deepcopy(small)):
         assert torch.equal(generate(other, prompt()).sequences, out.sequences)
         assert generate(other, prompt()).cache.lengths() == [9] * 4
 

@@ -73,21 +73,23 @@ def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = Non
 def attached(policy: CachePolicy, model: nn.Module) -> Iterator[Cache]:
     """Let a model generate within a policy's budget; afterwards it is as before."""
     own = _check(model)
-    before = own.config._attn_implementation
-    had = model.__dict__.get("_prepare_cache_for_generation")
-    cache = new_cache(policy, model)
+    before, had = own.config._attn_implementation, _take_away(own)
     try:
+        cache = new_cache(policy, model)
         install(policy, model)
         yield cache
     finally:
+        _take_away(own)
         own.set_attn_implementation(before)
-        model.__dict__.pop("_prepare_cache_for_generation", None)
         if had is not None:
-            model.__dict__["_prepare_cache_for_generation"] = had
+            _give(own, had)
 
 
 def install(policy: CachePolicy, model: nn.Module) -> None:
-    """Make ``model.generate`` create a cache of this policy at each call.
+    """Make a model create a cache of this policy wherever it begins one.
+
+    That is in ``generate`` and in calls with ``use_cache=True``; it is in place of a policy that
+    was there.
 
     Raises:
         ValueError: no model of transformers that generates, or an attention function that
@@ -108,7 +110,28 @@ def install(policy: CachePolicy, model: nn.Module) -> None:
     AttentionInterface.register(name, _evicting(inner))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     own.set_attn_implementation(name)
-    model.__dict__["_prepare_cache_for_generation"] = MethodType(_CacheMaker(policy), model)
+    _take_away(own)
+    _give(own, policy)
+
+
+def _give(model: Any, policy: CachePolicy) -> None:
+    maker = _CacheMaker(policy)
+    model.__dict__["_prepare_cache_for_generation"] = MethodType(maker, model)
+    model.register_forward_pre_hook(maker.before_call, with_kwargs=True)
+
+
+def _take_away(model: Any) -> CachePolicy | None:
+    """Undo :func:`_give`; return the policy, None if there was none."""
+    method = model.__dict__.pop("_prepare_cache_for_generation", None)
+    if method is None:
+        return None
+    hooks = model._forward_pre_hooks
+    for number, hook in list(hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), _CacheMaker):
+            del hooks[number]
+            model._forward_pre_hooks_with_kwargs.pop(number, None)
+    policy: CachePolicy = method.__func__.policy
+    return policy
 
 
 class _CacheMaker:
@@ -137,6 +160,15 @@ class _CacheMaker:
             return None
         make = type(model)._prepare_cache_for_generation
         return make(model, generation_config, model_kwargs, *args, **kw)
+
+    def before_call(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Begin a cache where a call asks for one and brings none."""
+        given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+        if given or kwargs.get("use_cache") is not True:
+            return None
+        return args, kwargs | {"cache": new_cache(self.policy, model)}
 
     def _prompt(self, generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
         """Return the prompt's tokens where they are not simply those of the first call."""
