@@ -94,6 +94,47 @@ def test_an_encoder_keeps_its_tokenizer(text: Path, tmp_path: Path) -> None:
     assert found.last_hidden_state.shape[-1] == 32
 
 
+def llama(folder: Path) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=256, num_attention_heads=4, num_key_value_heads=2, **sizes)  # type: ignore[arg-type]
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "judged"),
+    [
+        (["--method", "llm-drop", "--drop-attention", "1"], "bits per byte"),
+        (["--method", "int8"], "bits per byte"),
+        (["--method", "a2sf", "--set", "budget_tokens=20"], "bits per byte with its cache"),
+    ],
+)
+def test_a_language_model_of_transformers(
+    words: list[str], judged: str, text: Path, tmp_path: Path
+) -> None:
+    source, out = llama(tmp_path / "llama"), tmp_path / "out"
+    assert shrink(source, *words, "--calibrate", text, "--out", out) == 0
+    report = json.loads((out / "report" / "report.json").read_text())
+    first, second = report["rows"]
+    assert first["quality"]["name"] == judged
+    assert first["token_ms"] > 0 < second["token_ms"]
+    assert first["quality"]["value"] != second["quality"]["value"]
+    model: Any = load_model(out)
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape == (
+        1, 7
+    )  # fmt: skip
+
+
 def test_a_plan_is_written_and_applied(lm: Path, text: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     common = ("--calibrate", text, "--plan", plan)

@@ -198,6 +198,7 @@ class Procedure:
 
     name: ClassVar[str]
     settings_class: ClassVar[type[Config]]
+    acts_on_cache: ClassVar[bool] = False  # what it loses shows in decoding alone
 
     def __init__(self, settings: Config | None = None, **options: Any) -> None:
         if settings is not None and options:

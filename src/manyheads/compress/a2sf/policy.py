@@ -93,6 +93,7 @@ class CachePolicy(Procedure):
     """
 
     settings_class: ClassVar[type[Config]] = CacheConfig
+    acts_on_cache: ClassVar[bool] = True
     rotates: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = True
 
