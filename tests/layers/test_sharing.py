@@ -228,6 +228,9 @@ def test_mixed_matrices_start_with_the_variance_of_the_models_own() -> None:
         spread = torch.stack([m.weight for m in model[:12]]).square().mean().sqrt()
         assert 0.6 < spread / usual < 1.6
         assert not torch.equal(model[0].weight, model[1].weight)
+        if not options:
+            table = model.shared_atoms["query"].coefficients.detach()
+            torch.testing.assert_close(table.norm(dim=1), torch.ones(12))
 
 
 def test_coefficients_do_not_decay_and_atoms_do() -> None:
