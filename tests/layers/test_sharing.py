@@ -216,6 +216,10 @@ def test_corrections_are_added_to_their_part() -> None:
     )
     assert_close(layer(x), expected + layer.bias, 1e-6)
     assert_close(layer.eval().to_dense()(x), layer(x), 1e-6)
+    layer.keep = False
+    many = torch.randn(63, 7)  # added to the matrix for many tokens, applied after it for few
+    with torch.no_grad():
+        assert_close(layer(many)[:2], layer(many[:2]), 1e-6)
 
 
 def test_mixed_matrices_start_with_the_variance_of_the_models_own() -> None:
