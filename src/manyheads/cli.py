@@ -67,6 +67,11 @@ VERBS: dict[str, Verb] = {
                 "manyheads.train.distil_options:DistilOptions",
                 "manyheads.train.distil:run",
             ),
+            "ia-red2": Verb(
+                "a vision transformer that drops the patches it does not need",
+                "manyheads.train.ia_red2:IARed2Options",
+                "manyheads.train.ia_red2:run",
+            ),
             "urpe-tasks": Verb(
                 "the two synthetic position tasks of URPE",
                 "manyheads.train.urpe_tasks:URPETaskOptions",
@@ -113,6 +118,16 @@ VERBS: dict[str, Verb] = {
         "draw which blocks of an attention matrix are computed",
         "manyheads.choose.block_map:DrawOptions",
         "manyheads.choose.block_map:run",
+    ),
+    "inspect": Verb(
+        "look at what a model looks at",
+        kinds={
+            "drop": Verb(
+                "draw which patches of an image a model with interpreters keeps",
+                "manyheads.inspect.drop:DropOptions",
+                "manyheads.inspect.drop:run",
+            ),
+        },
     ),
     "native": Verb(
         "compile the CPU kernels ahead of their first use, or see which are compiled",

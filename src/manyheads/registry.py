@@ -21,8 +21,10 @@ Geometry = Literal["sequence", "grid", "ragged", "graph"]
 # One line a mechanism: the name and the file that registers it.
 _FILES = {
     "aaren": "manyheads.attention.aaren",
+    "clipped_softmax": "manyheads.attention.clipped_softmax",
     "diag": "manyheads.attention.diag",
     "flow": "manyheads.attention.flow",
+    "gated": "manyheads.attention.gated",
     "gla": "manyheads.attention.gla",
     "landmark": "manyheads.attention.landmark",
     "lean": "manyheads.attention.lean",

@@ -20,7 +20,7 @@ from manyheads.attention import (
     landmark_weights,
     strip_landmarks,
 )
-from manyheads.attention.landmark import landmark_places
+from manyheads.attention.landmark import landmark_jumps, landmark_places
 from manyheads.attention.landmark.fast import block_flops
 from manyheads.choose.flops import count_flops
 from manyheads.choose.memory import peak_memory
@@ -206,6 +206,64 @@ def test_errors_name_the_fix() -> None:
         (lambda: insert_landmarks(torch.tensor([[1, 2]]), 0, 3), "freq 0"),
         (lambda: strip_landmarks(torch.tensor([[1, 2]]), 0), "freq 0"),
         (lambda: grouped_softmax(q @ k.repeat_interleave(2, 1).mT, torch.ones(1, 3)), "is_lan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_group_dropout_leaves_out_whole_blocks() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 4, 63, 63).double()
+    marks = (torch.arange(63) % 7 == 6).expand(3, 63)
+    whole = grouped_softmax(scores, marks)
+    dropped = grouped_softmax(scores, marks, group_dropout=0.3)
+    share = dropped / whole.masked_fill(whole == 0, 1)
+    own = torch.arange(63)[:, None] // 7 == torch.arange(63) // 7
+    real = (whole > 0) & ~own
+    assert torch.equal(dropped[:, :, own], whole[:, :, own])
+    left = share[real].round(decimals=9).unique()
+    torch.testing.assert_close(left, torch.tensor([0, 1 / 0.7]).double())
+    blocks = share.masked_fill(~real, -1).unflatten(3, (9, 7))
+    # Tokens of a block stay or go together, and each query and head draws for itself.
+    seen = real.unflatten(3, (9, 7)).any(-1)
+    high = blocks.amax(-1)
+    low = blocks.masked_fill(blocks < 0, 9).amin(-1)
+    torch.testing.assert_close(high[seen], low[seen])
+    stays = (high > 0)[:, :, 56:, :8].flatten(2).double()
+    assert abs(float(stays.mean()) - 0.7) < 0.04
+    assert not torch.equal(stays[0, 0], stays[0, 1])
+
+
+def test_group_dropout_has_the_gradient_of_what_it_drew() -> None:
+    q, k, v = (torch.randn(1, 2, 23, 5).double().requires_grad_() for _ in range(3))
+
+    def run(*tensors):
+        torch.manual_seed(5)
+        return landmark(*tensors, block_size=4, group_dropout=0.4)
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+    many = [t.detach().repeat(4000, 1, 1, 1) for t in (q, k, v)]
+    mean = landmark(*many, block_size=4, group_dropout=0.2).mean(0, keepdim=True)
+    assert_close(mean, landmark(q, k, v, block_size=4), 0.02)
+
+
+def test_jumps_stand_behind_landmarks() -> None:
+    marks = (torch.arange(63) % 7 == 6).expand(50, 63)
+    jumps = landmark_jumps(marks, 4)
+    steps = jumps.diff(dim=1)
+    assert int(jumps[:, 0].max()) == 0
+    assert steps[:, marks[0, :-1]].unique().tolist() == [0, 1, 2, 3]
+    assert steps[:, ~marks[0, :-1]].unique().tolist() == [0]
+    assert not torch.equal(jumps[0], jumps[1])
+
+
+def test_errors_of_what_is_for_training() -> None:
+    q = torch.randn(1, 1, 9, 4)
+    for call, words in (
+        (lambda: landmark(q, q, q, group_dropout=1.0), "group_dropout 1.0"),
+        (lambda: landmark(q, q, q, group_dropout=0.1, implementation="block"), "rows"),
+        (lambda: landmark_jumps(torch.ones(1, 3).bool(), 0), "most 0"),
+        (lambda: LandmarkConfig(embed_dim=8, num_heads=1, group_dropout=-0.1), "group_dropout"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

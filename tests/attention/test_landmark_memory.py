@@ -13,7 +13,10 @@ from manyheads.attention import (
     LandmarkConfig,
     LandmarkMemory,
     attend_with_memory,
+    block_sparse,
+    grouped_softmax,
 )
+from manyheads.attention.landmark import landmark_block_mask
 from manyheads.attention.landmark.select import turn
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
@@ -189,3 +192,29 @@ def test_errors_name_the_fix() -> None:
     memory.append(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
     with pytest.raises(ValueError, match="memory holds"):
         memory.append(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("before", [3, 63, 200])
+def test_the_map_holds_all_that_is_met(selection, before) -> None:
+    """The grouped softmax over the map is the memory's output; a softmax over it is not."""
+    torch.manual_seed(before)
+    memory = LandmarkMemory(
+        block_size=5, top_k=3, selection=selection, rotary_theta=None, capacity=20
+    )
+    past = torch.randn(2, 2, 2, before, 8).double()
+    memory.append(*past)
+    q, k, v = torch.randn(2, 4, 7, 8).double(), *torch.randn(2, 2, 2, 7, 8).double()
+    mask = landmark_block_mask(memory, q)
+    held = mask.shape[3]
+    keys, values = (
+        torch.cat((old, new), 2)[:, :, -held:].repeat_interleave(2, 1)
+        for old, new in zip(past, (k, v), strict=True)
+    )
+    scores = (q @ keys.mT * 8**-0.5).masked_fill(~mask.to_dense(), -torch.inf)
+    marks = (torch.arange(held) % 5 == 4).expand(2, -1)
+    wanted = grouped_softmax(scores, marks) @ values
+    other = block_sparse(q, keys, values, mask)
+    assert mask.shape == (2, 4, 7, min(before // 5, 20) * 5 + before % 5 + 7)
+    assert_close(attend_with_memory(memory, q, k, v), wanted, 1e-12)
+    assert float((other - wanted).abs().max()) > 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manyheads.attention.lean import Device, simulate
+from manyheads.attention.lean import Device, plan, simulate
 from manyheads.papers.lean import occupancies
 
 K = 1024
@@ -85,3 +85,45 @@ def test_lean_is_never_behind() -> None:
             assert row["lean"]["occupancy"] > 0.98
             assert row["lean"]["occupancy"] >= row["flash"]["occupancy"]
             assert row["lean"]["makespan"] <= row["flash"]["makespan"] <= row["fa2"]["makespan"]
+
+
+@pytest.mark.parametrize("order", ["head", "request"])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "workers", "xcds"),
+    [([900, 0, 130, 5000], 8, 24, 8), ([333, 70], 6, 7, 4), ([64], 3, 20, 5), ([500] * 3, 5, 3, 1)],
+)
+def test_chiplets_share_nothing(lengths, heads, workers, xcds, order) -> None:
+    dealt = plan(lengths, heads=heads, workers=workers, tile=64, order=order, xcds=xcds)
+    tiles = [-(-n // 64) for n in lengths]
+    read = {(s.head, s.request, t) for s in dealt.segments for t in range(s.first, s.end)}
+    assert len(read) == sum(s.end - s.first for s in dealt.segments) == heads * sum(tiles)
+    # Each chiplet's part is the plan of its own heads alone.
+    used = min(heads, xcds)
+    first_head = first_worker = 0
+    for i in range(used):
+        own = heads // used + (i < heads % used)
+        team = workers // xcds + (i < workers % xcds)
+        alone = plan(lengths, heads=own, workers=team, tile=64, order=order)
+        part = [s for s in dealt.segments if first_head <= s.head < first_head + own]
+        moved = [s._replace(head=s.head - first_head, worker=s.worker - first_worker) for s in part]
+        assert tuple(moved) == alone.segments
+        first_head, first_worker = first_head + own, first_worker + alone.workers
+    assert first_worker == dealt.workers
+
+
+def test_chiplets_cost_balance_where_heads_do_not_divide() -> None:
+    chips, plain = Device(sms=304, xcds=8), Device(sms=304)
+    for heads, lean, divided in ((64, 1.0, 1.0), (9, 1.0, 0.56)):
+        shares = [simulate([1024 * K], heads=heads, device=d).occupancy for d in (plain, chips)]
+        assert [round(s, 2) for s in shares] == [lean, divided]
+    fixed = [simulate([64 * K], heads=9, method="flash", device=d).makespan for d in (plain, chips)]
+    assert fixed[0] == fixed[1]
+
+
+def test_chiplets_and_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="workers 3 is below xcds 8"):
+        plan([100], heads=8, workers=3, xcds=8)
+    with pytest.raises(ValueError, match="xcds 0"):
+        plan([100], heads=8, workers=3, xcds=0)
+    with pytest.raises(ValueError, match="xcds 9 is above sms 8"):
+        Device(sms=8, xcds=9)

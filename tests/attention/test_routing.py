@@ -29,6 +29,8 @@ from manyheads.attention import (
     routing_update,
     spherical_routing,
 )
+from manyheads.attention.block_sparse import block_sparse
+from manyheads.attention.routing import local_block_mask, routing_block_mask
 from manyheads.choose.memory import largest_tensor_numel
 from manyheads.layers.state import state_tensors
 
@@ -344,3 +346,70 @@ def test_shared_keys_see_themselves_only_if_nothing_else() -> None:
     out = spherical_routing(q, q, v, means, window=12, is_causal=True, share_qk=True)
     assert_close(out[0, 0, 0], v[0, 0, 0], 1e-4)
     assert_close(out[0, 0, 1], v[0, 0, 0], 1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 140),
+    block=st.integers(1, 50),
+    flange=st.integers(0, 90),
+    is_causal=st.booleans(),
+    masked=st.booleans(),
+    double=st.booleans(),
+)
+def test_local_heads_are_block_sparse_attention(
+    length, block, flange, is_causal, masked, double
+) -> None:
+    """Without tables they run on the map; with tables of zeros in a form of their own."""
+    torch.manual_seed(length + block)
+    dtype = torch.float64 if double else torch.float32
+    tensors = [t.to(dtype).requires_grad_() for t in draw(length=length)[:3]]
+    mask = None
+    if masked:
+        mask = torch.rand(2, length) < 0.7
+        mask[:, -1] = True
+    options = {"block": block, "flange": flange, "is_causal": is_causal, "scale": 0.3}
+    zeros = torch.zeros(7, 6, dtype=dtype)
+    out = blocked_local(*tensors, mask=mask, **options)
+    wanted = blocked_local(*tensors, mask=mask, relative_key=zeros, **options)
+    limit = 1e-12 if double else 1e-5
+    assert_close(out, wanted, limit)
+    weight = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, tensors, weight), torch.autograd.grad(wanted, tensors, weight),
+        strict=True,
+    ):  # fmt: skip
+        # Of a query that sees one key alone both are rounding.
+        if float(theirs.abs().max()) > 1e-6:
+            assert_close(ours, theirs, 10 * limit)
+    if mask is None:
+        there = local_block_mask(length, block=block, flange=flange, is_causal=is_causal)
+        assert_close(block_sparse(*tensors, there, scale=0.3), wanted, limit)
+        i = torch.arange(length)
+        start, end = i // block * block - flange, (i // block + 1) * block + flange
+        seen = (i >= start[:, None]) & (i < (i + 1 if is_causal else end)[:, None])
+        assert torch.equal(there.to_dense()[0, 0], seen)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("window", [1, 9, 200])
+def test_strict_routing_is_block_sparse_attention_in_order_of_clusters(is_shared, window) -> None:
+    q, k, v, means = draw(length=90)
+    k = q if is_shared else k
+    wanted = routing(q, k, v, means, window=window, is_causal=True)
+    mask, query_order, key_order = routing_block_mask(q, k, means, window=window, block_size=16)
+
+    def sort(x, order):
+        return x.gather(2, order[..., None].expand_as(x))
+
+    out = block_sparse(
+        sort(routing_normalize(q), query_order), sort(routing_normalize(k), key_order),
+        sort(v, key_order), mask, scale=1.0,
+    )  # fmt: skip
+    assert_close(out / 1.01, sort(wanted, query_order), 1e-12)
+    if window == 9 and is_shared:
+        assert mask.sparsity > 0.5
+    with pytest.raises(ValueError, match="window 0"):
+        routing_block_mask(q, k, means, window=0)
+    with pytest.raises(ValueError, match="block 0"):
+        local_block_mask(9, block=0, flange=1)

@@ -19,7 +19,7 @@ from manyheads.attention import (
     urpe_update,
     urpe_weights,
 )
-from manyheads.attention.urpe import fast
+from manyheads.attention.urpe import blocks as cut
 from manyheads.attention.urpe.definition import expand_factor
 from manyheads.choose.memory import track_memory
 
@@ -64,8 +64,8 @@ def compare(fn, reference, tensors, limit: float = 1e-10) -> None:
 
 @pytest.fixture(params=[1 << 19, 70], ids=["one block", "many blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(fast, "_NUMBERS", request.param)
-    monkeypatch.setattr(fast, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(cut, "_NUMBERS", request.param)
+    monkeypatch.setattr(cut, "_LEAST_ROWS", 4)
     return request.param
 
 
@@ -303,7 +303,7 @@ def test_a_table_is_never_expanded() -> None:
     b, c = (torch.randn(1, 2 * length - 1) for _ in range(2))
     with torch.inference_mode(), track_memory() as tracker:
         urpe(q, k, v, bias=b, multiplier=c, is_causal=True)
-    assert tracker.largest_numel <= fast._NUMBERS, tracker.largest_operator
+    assert tracker.largest_numel <= cut._NUMBERS, tracker.largest_operator
 
     def peak(n: int) -> int:
         tensors = [t[:, :, :n].clone().requires_grad_() for t in (q, k, v)]

@@ -19,12 +19,23 @@ from manyheads.layers.rotary import apply_rotary, rotary_angles
 from manyheads.layers.state import clone_state, map_state, reorder_state, state_bytes
 
 
-def test_rms_norm_is_torchs() -> None:
-    ours, theirs = RMSNorm(20, eps=1e-5), nn.RMSNorm(20, eps=1e-5)
-    x = torch.randn(3, 7, 20)
-    assert_close(ours(x), theirs(x), 1e-6)
-    assert RMSNorm(20, affine=False).weight is None
-    assert ours(x.bfloat16()).dtype == torch.bfloat16
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rms_norm_is_the_formula_in_any_dtype(affine, weight, dtype) -> None:
+    norm = RMSNorm(21, eps=1e-2, affine=affine)
+    if norm.weight is not None:
+        nn.init.normal_(norm.weight)
+    norm = norm.to(weight)
+    x = torch.randn(3, 7, 21).to(dtype)
+    x[1] = 0
+    wide = x.double()
+    wanted = wide / (wide.square().mean(-1, keepdim=True) + 1e-2).sqrt()
+    if norm.weight is not None:
+        wanted = wanted * norm.weight.double()
+    out = norm(x)
+    assert out.dtype == dtype
+    assert_close(out.double(), wanted.detach(), {torch.bfloat16: 4e-3}.get(dtype, 1e-6))
 
 
 def test_simple_rms_norm_survives_zero_rows() -> None:

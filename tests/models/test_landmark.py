@@ -155,8 +155,14 @@ def test_weights_from_a_base_and_a_difference() -> None:
 def test_official_configs_are_strict() -> None:
     with pytest.raises(ValueError, match="n_embd"):
         LandmarkGPTConfig.from_official({"n_embed": 3})
-    with pytest.raises(ValueError, match="group_dropout"):
-        LandmarkGPTConfig.from_official({"group_dropout": 0.1})
+    with pytest.raises(ValueError, match="softmax_func"):
+        LandmarkGPTConfig.from_official({"softmax_func": "nomem"})
+    official = {"group_dropout": 0.1, "pos_jump_on_mem": 9, "positional_encoder": "rotary_mem_jump"}
+    config = LandmarkGPTConfig.from_official(official)
+    assert (config.group_dropout, config.pos_jump) == (0.1, 9)
+    official |= {"positional_encoder": "rotary", "group_dropout": None}
+    config = LandmarkGPTConfig.from_official(official)
+    assert (config.group_dropout, config.pos_jump) == (0.0, 0)
     with pytest.raises(ValueError, match="hidden_size"):
         LandmarkLlamaConfig.from_official({"hidden_sizes": 3})
     with pytest.raises(ValueError, match="silu"):
@@ -171,3 +177,42 @@ def test_official_configs_are_strict() -> None:
     mask = torch.tensor([[False, True]])
     with pytest.raises(ValueError, match="padding"):
         model.update(torch.tensor([[1, 2]]), model.init_state(1), mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+def test_a_landmark_is_never_generated(kind) -> None:
+    model = build(kind)
+    head = torch.nn.Linear(24, 31).requires_grad_(False)
+    head.bias.zero_()[30] = 1e3
+    model.head = head
+    assert model(torch.zeros(1, 3, dtype=torch.long)).argmax(-1).unique().tolist() == [30]
+    tokens = torch.stack(
+        list(model.generate(torch.zeros(2, 7, dtype=torch.long), max_new_tokens=9))
+    )
+    assert tokens.shape == (9, 2)
+    assert int(tokens.max()) < 30
+
+
+@pytest.mark.parametrize("kind", ["gpt", "llama"])
+@pytest.mark.parametrize("option", [{"group_dropout": 0.5}, {"pos_jump": 20}])
+def test_extras_of_training_are_seeded_and_off_elsewhere(kind, option) -> None:
+    plain = build(kind)
+    model = build(kind, **option)
+    model.load_state_dict(plain.state_dict())
+    tokens = insert_landmarks(torch.randint(30, (2, 50)), 4, 30)
+    wanted = plain(tokens).detach()
+    assert_close(model(tokens), wanted, 1e-6)
+    model.train()
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(model(tokens))
+    assert torch.equal(drawn[0], drawn[1])
+    for other in (wanted, drawn[2]):
+        assert float((drawn[0] - other).detach().abs().max()) > 1e-5
+    # Nothing precedes the first block.
+    assert_close(drawn[0][:, :5], wanted[:, :5], 1e-6)
+    drawn[0].square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    with pytest.raises(ValueError, match=next(iter(option))):
+        build(kind, **dict.fromkeys(option, -1))

@@ -13,7 +13,7 @@ from parity.adapters import implemented, load_adapters
 from parity.golden import ADAPTERS, NOT_YET, Golden, check, golden_files
 
 # Papers whose operators are kernels where a compiler is found: both forms are compared.
-WITH_KERNELS = {"aaren", "flowformer", "gla", "lean", "quamba", "sla", "transnormer"}
+WITH_KERNELS = {"aaren", "flowformer", "gla", "landmark", "lean", "quamba", "sla", "transnormer"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -173,9 +173,10 @@ def _load_shrunk(path: Path, kept: dict[str, Any]) -> nn.Module:
     if not weights.is_file():
         raise ValueError(f"no {_WEIGHTS} in {str(path)!r}: the folder is not whole")
     model = restructure(build(kept["original"]), kept["steps"], kept["original"])
-    dtypes = {t.dtype for t in load_file(str(weights)).values() if t.is_floating_point()}
-    if len(dtypes) == 1:
-        model = model.to(dtypes.pop())
+    saved = {name: t.dtype for name, t in load_file(str(weights)).items()}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if saved.get(name, tensor.dtype) != tensor.dtype:
+            tensor.data = tensor.data.to(saved[name])
     fill(model, str(weights))
     return model.eval()
 

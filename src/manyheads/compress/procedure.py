@@ -28,9 +28,16 @@ Batch = Mapping[str, Tensor]
 
 # One line a procedure: the name and the file whose class is the procedure.
 _FILES = {
+    "a2sf": "manyheads.compress.a2sf:A2SF",
+    "h2o": "manyheads.compress.a2sf:H2O",
+    "int8": "manyheads.compress.quantizable:Int8",
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
     "masa": "manyheads.compress.masa:MASA",
     "minilm": "manyheads.compress.minilm:MiniLM",
+    "quamba": "manyheads.compress.quamba:Quamba",
+    "sink-recent": "manyheads.compress.a2sf:SinkRecent",
+    "snapkv": "manyheads.compress.a2sf:SnapKV",
+    "streaming": "manyheads.compress.a2sf:StreamingLLM",
 }
 
 

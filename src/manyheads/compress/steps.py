@@ -30,6 +30,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "model_type") and hasattr(config, "to_dict"):
         values = json.loads(config.to_json_string(use_diff=False))
+        values.pop("_name_or_path", None)  # where it lay on this machine
         return {
             "library": "transformers",
             "architecture": type(model).__name__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["RMSNorm", "simple_rms_norm"]
 
@@ -23,11 +24,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        # torch's own warns of mixed dtypes, as autocast makes them.
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.weight is not None:
-            y = y * self.weight
-        return y.to(x.dtype)
+        return (y * self.weight).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"

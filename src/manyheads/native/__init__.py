@@ -12,6 +12,7 @@ from manyheads.native.build import (
     describe,
     families,
 )
+from manyheads.native.int8 import int8_encode, int8_linear
 from manyheads.native.library import (
     Library,
     disabled,
@@ -31,6 +32,8 @@ __all__ = [
     "describe",
     "disabled",
     "families",
+    "int8_encode",
+    "int8_linear",
     "library",
     "pointer",
     "require",

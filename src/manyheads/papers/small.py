@@ -31,7 +31,7 @@ def fit(
 
     Args:
         model: inputs to what ``loss`` takes.
-        batches: of a generated task.
+        batches: endless; of a generated task, or of images.
         loss: ``loss(output, targets)``.
         optimizer: its groups' rates are the highest of the schedule.
         steps: of training.

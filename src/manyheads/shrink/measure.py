@@ -24,7 +24,7 @@ class Measured:
 
     Attributes:
         name: "original" or the steps that made it.
-        parameters: tied ones once.
+        parameters: tied ones once; weights held as int8 count as the float ones they stand for.
         weight_bytes: of parameters and buffers.
         kv_bytes: of the cache, for each token and sequence; 0 where there is none.
         macs: multiply-adds of one batch; None where they cannot be counted.
@@ -150,7 +150,7 @@ def measure_all(
         out.append(
             Measured(
                 name=name,
-                parameters=sum(p.numel() for p in model.parameters()),
+                parameters=_parameters(model),
                 weight_bytes=weight_bytes(model),
                 kv_bytes=kv_bytes_per_token(model) if feed.kind in ("causal", "speech") else 0,
                 macs=_macs(model, batch),
@@ -161,6 +161,12 @@ def measure_all(
             )
         )
     return out
+
+
+def _parameters(model: nn.Module) -> int:
+    kept = {id(p): p.numel() for p in model.parameters()}
+    kept |= {id(b): b.numel() for b in model.buffers() if b.dtype in (torch.int8, torch.uint8)}
+    return sum(kept.values())
 
 
 def _macs(model: nn.Module, batch: dict[str, Tensor]) -> int | None:

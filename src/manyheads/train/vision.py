@@ -6,8 +6,9 @@ B batch, C channels, H and W rows and columns, K classes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from manyheads.models.vision.base import VisionModel
 from manyheads.train.files import write_json
 from manyheads.train.launch import launch
 from manyheads.train.loop import (
+    Batches,
     evaluating,
     fit,
     load_kept,
@@ -35,7 +37,7 @@ from manyheads.train.vision_data import ImageBatches, Images, mixing, statistics
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["VisionOptions", "accuracy", "run", "train"]
+__all__ = ["Prepared", "Procedure", "VisionOptions", "accuracy", "prepare", "run", "train"]
 
 
 class Prepared(NamedTuple):
@@ -81,8 +83,37 @@ def prepare(options: VisionOptions) -> Prepared:
     return Prepared(data, changes)
 
 
+class Procedure(Protocol):
+    """What a recipe of its own does otherwise than this one: see ``train ia-red2``."""
+
+    def begin(self, model: Any) -> None:
+        """Prepare the model, before its optimizer is made."""
+
+    def batches(self, batches: Batches) -> Batches:
+        """Return batches that ``loss`` understands."""
+
+    def loss(self, module: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss of a batch."""
+
+    def figures(
+        self,
+        fabric: Fabric,
+        model: Any,
+        split: ImageSplit,
+        in_channels: int,
+        make: Any,
+        stop: StopRequest,
+    ) -> dict[str, float]:
+        """Return further figures of the held-out images, as many calls as on other processes."""
+
+
 def train(
-    fabric: Fabric, options: VisionOptions, prepared: Prepared, stop: StopRequest
+    fabric: Fabric,
+    options: VisionOptions,
+    prepared: Prepared,
+    stop: StopRequest,
+    *,
+    procedure: Procedure | None = None,
 ) -> dict[str, Any]:
     """Train in this process, alone or beside others; returns the results."""
     data, changes = prepared
@@ -94,9 +125,11 @@ def train(
         model = create_model(options.model, **changes)
         if options.weights:
             fine_tune(model, options.weights, len(data.class_names))
+        if procedure is not None:
+            procedure.begin(model)
         shadow = copy.deepcopy(model) if options.ema else None
         seed_process(fabric, options.seed)
-        batches = ImageBatches(
+        batches: Batches = ImageBatches(
             data.train,
             transform(options, data.in_channels, training=True),
             mixing(options, len(data.class_names)),
@@ -106,6 +139,9 @@ def train(
             rank=fabric.global_rank,
             world_size=fabric.world_size,
         )
+        objective: Callable[[nn.Module, Any], Tensor] = partial(loss, smoothing=options.smoothing)
+        if procedure is not None:
+            batches, objective = procedure.batches(batches), procedure.loss
         still = transform(options, data.in_channels, training=False)
         judged = model if shadow is None else shadow
 
@@ -123,7 +159,7 @@ def train(
             stop,
             model,
             batches,
-            loss=partial(loss, smoothing=options.smoothing),
+            loss=objective,
             evaluate=evaluate,
             figures=("training_accuracy",),
             unit=("images", options.batch_size),
@@ -135,11 +171,16 @@ def train(
         load_kept(folder, model)
         model.to(fabric.device)
         right, count = accuracy(fabric, model, data.test, data.in_channels, still, options, stop)
+        more = (
+            {}
+            if procedure is None
+            else procedure.figures(fabric, model, data.test, data.in_channels, still, stop)
+        )
         found = results(
             options,
-            title=f"vision {options.model}, {model.num_parameters():,} parameters, on {data.name} "
-            f"({len(data.train)} training and {count} held-out images at {options.image_size} px, "
-            f"{len(data.class_names)} classes)",
+            title=f"{options.recipe} {options.model}, {model.num_parameters():,} parameters, on "
+            f"{data.name} ({len(data.train)} training and {count} held-out images at "
+            f"{options.image_size} px, {len(data.class_names)} classes)",
             figures={
                 "test_accuracy": right / count,
                 "right": right,
@@ -147,7 +188,8 @@ def train(
                 "skipped_files": len(data.skipped),
                 "epochs": options.steps * options.batch_size / len(data.train),
                 "seconds": at.seconds,
-            },
+            }
+            | more,
             hint=f"manyheads predict {folder.path} IMAGES",
             sha256=data.sha256,
             parameters=model.num_parameters(),

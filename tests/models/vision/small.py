@@ -116,6 +116,30 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "global_dims": (16, 20), "head_dim": 24, "num_classes": 7, "distillation": False},
         64,
     ),
+    "ia_red2": (
+        "ia_red2_deit_small",
+        {"groups": (1, 2, 1), "embed_dim": 48, "num_heads": 3, "interpreter_heads": 4,
+         "first_score": 0.5, "num_classes": 7, "image_size": 64, "patch_size": 8},
+        64,
+    ),
+    "ia_red2_whole": (
+        "ia_red2_deit_small",
+        {"groups": (1, 1, 1), "embed_dim": 24, "num_heads": 2, "num_classes": 7,
+         "image_size": (64, 96), "qkv_bias": False},
+        64,
+    ),
+    "flowformer": (
+        "flowformer_vision_96",
+        {"depths": (1, 1, 2, 1), "embed_dims": (12, 24, 24, 36), "num_classes": 7,
+         "image_size": 64, "drop_path": 0.0},
+        64,
+    ),
+    "orchid": (
+        "orchid_vit_b",
+        {"embed_dim": 32, "depth": 3, "mlp_width": 48, "num_classes": 7, "image_size": 64,
+         "patch_size": 8, "max_length": 256, "drop_path": 0.0},
+        64,
+    ),
 }  # fmt: skip
 
 

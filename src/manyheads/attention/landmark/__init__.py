@@ -26,6 +26,7 @@ from manyheads.attention.landmark.definition import (
 )
 from manyheads.attention.landmark.fast import block_flops
 from manyheads.attention.landmark.groups import grouped_softmax, landmark_weights
+from manyheads.attention.landmark.maps import landmark_block_mask
 from manyheads.attention.landmark.memory import LandmarkMemory, Retrieved
 from manyheads.attention.landmark.module import LandmarkAttention, LandmarkConfig
 from manyheads.attention.landmark.op import (
@@ -37,6 +38,7 @@ from manyheads.attention.landmark.op import (
 from manyheads.attention.landmark.recall import attend_with_memory
 from manyheads.attention.landmark.tokens import (
     insert_landmarks,
+    landmark_jumps,
     landmark_places,
     strip_landmarks,
 )
@@ -53,7 +55,9 @@ __all__ = [
     "grouped_softmax",
     "insert_landmarks",
     "landmark",
+    "landmark_block_mask",
     "landmark_groups",
+    "landmark_jumps",
     "landmark_places",
     "landmark_reference",
     "landmark_step",

@@ -15,6 +15,8 @@ from manyheads.layers.heads import check_qkv, repeat_kv
 __all__ = [
     "BLOCK_SIZE",
     "LandmarkGroups",
+    "check_block_size",
+    "check_group_dropout",
     "landmark_groups",
     "landmark_reference",
     "regular_landmarks",
@@ -100,3 +102,23 @@ def _softmax(scores: Tensor, allowed: Tensor) -> Tensor:
     """Softmax over the allowed keys; a row without any is zero."""
     empty = ~allowed.any(-1, keepdim=True)
     return scores.masked_fill(~(allowed | empty), -torch.inf).softmax(-1).masked_fill(~allowed, 0)
+
+
+def check_block_size(block_size: int) -> None:
+    """Check that a block holds a token beside its landmark.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size {block_size} must be at least 2: a token and its landmark")
+
+
+def check_group_dropout(group_dropout: float) -> None:
+    """Check a rate.
+
+    Raises:
+        ValueError: it lies outside [0, 1).
+    """
+    if not 0 <= group_dropout < 1:
+        raise ValueError(f"group_dropout {group_dropout} must lie in [0, 1)")

@@ -19,7 +19,13 @@ from manyheads.layers.ragged import check_mask
 __all__ = ["grouped_softmax", "landmark_weights"]
 
 
-def grouped_softmax(scores: Tensor, is_landmark: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def grouped_softmax(
+    scores: Tensor,
+    is_landmark: Tensor,
+    *,
+    mask: Tensor | None = None,
+    group_dropout: float = 0.0,
+) -> Tensor:
     """Return the probabilities (B, H, N, M) of scores (B, H, N, M), causally.
 
     A query's own block competes with the landmarks of earlier blocks; each earlier block shares
@@ -30,6 +36,8 @@ def grouped_softmax(scores: Tensor, is_landmark: Tensor, *, mask: Tensor | None 
         scores: (B, H, N, M); softmax is in float32 at least.
         is_landmark: (B, M) bool, at any places; what follows the last one is a block too.
         mask: (B, M), True = a real key. A query that sees no key gets zeros.
+        group_dropout: probability with which an earlier block is left out for a query, drawn by
+            torch's global generator; those that stay count the more, the own block as ever.
 
     Raises:
         ValueError: ``is_landmark`` or ``mask`` is not (batch, keys).
@@ -62,6 +70,8 @@ def grouped_softmax(scores: Tensor, is_landmark: Tensor, *, mask: Tensor | None 
     parts = (inside - highest.gather(-1, place)).exp()
     sums = wide.new_zeros(shape).scatter_add(-1, place, parts)
     gate = wide.new_zeros(shape).scatter_add(-1, place, top.masked_fill(~gates, 0))
+    if group_dropout:
+        gate = torch.nn.functional.dropout(gate, group_dropout)
     shared = gate / sums.masked_fill(sums == 0, 1)
     return (top.masked_fill(~own, 0) + parts * shared.gather(-1, place)).to(scores.dtype)
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from manyheads.attention.landmark.op import check_block_size
+from manyheads.attention.landmark.definition import check_block_size
 from manyheads.attention.landmark.select import best_blocks, grouped_scores, turn
 from manyheads.attention.landmark.store import BlockStore
 from manyheads.errors import unknown_name
@@ -108,6 +108,12 @@ class LandmarkMemory:
     def stored(self) -> int:
         """Blocks that are held."""
         return self.seen if self.capacity is None else min(self.seen, self.capacity)
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The places of blocks: keys and values (S, B, H_kv, L, D and V), by number modulo S; then
+        the turned keys of their landmarks and the lengths of these."""
+        return *self._blocks.tensors, *self._gates.tensors
 
     @property
     def tail_length(self) -> int:
@@ -227,14 +233,21 @@ class LandmarkMemory:
             key, value = (t.index_select(0, index.to(t.device)) for t in self.tail)
             self.tail = (key, value)
 
-    def turn_chunk(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate the next tokens' queries (B, H, T, D), and the tail's and their keys together."""
+    def turn_chunk(
+        self, query: Tensor, key: Tensor, *, relative: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate the next tokens' queries (B, H, T, D), and the tail's and their keys together.
+
+        ``relative``: to places counted from the tail's first token. Among themselves only
+        distances matter, and small angles are more exact.
+        """
         if self.tail is not None:
             key = torch.cat((self.tail[0].to(key), key), 2)
-        first = self.start - self.tail_length
-        keys = torch.arange(first, first + key.shape[2], device=key.device)[None, None]
-        queries = self._query_places(query, 0)[None, None]
-        return self._turn(query, queries), self._turn(key, keys)
+        first = 0 if relative else self.start - self.tail_length
+        begin = first + self.tail_length
+        queries = torch.arange(begin, begin + query.shape[2], device=query.device)
+        keys = torch.arange(first, first + key.shape[2], device=key.device)
+        return self._turn(query, queries[None, None]), self._turn(key, keys[None, None])
 
     def _query_places(self, query: Tensor, offset: int) -> Tensor:
         first = self.start + offset

@@ -8,14 +8,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from manyheads.attention.landmark.definition import BLOCK_SIZE
-from manyheads.attention.landmark.memory import LandmarkMemory
-from manyheads.attention.landmark.op import (
-    LandmarkState,
+from manyheads.attention.landmark.definition import (
+    BLOCK_SIZE,
     check_block_size,
-    landmark,
-    landmark_update,
+    check_group_dropout,
 )
+from manyheads.attention.landmark.memory import LandmarkMemory
+from manyheads.attention.landmark.op import LandmarkState, landmark, landmark_update
 from manyheads.attention.landmark.recall import attend_with_memory
 from manyheads.attention.softmax import SoftmaxAttention, SoftmaxConfig
 from manyheads.layers.heads import merge_heads, split_heads
@@ -32,14 +31,17 @@ class LandmarkConfig(SoftmaxConfig):
     Attributes:
         block_size: tokens a block with its landmark.
         rotary_interleaved: whether the rotary embedding turns neighbouring channels.
+        group_dropout: in training alone, the share of earlier blocks that a query leaves out.
     """
 
     block_size: int = BLOCK_SIZE
     rotary_interleaved: bool = False
+    group_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super(LandmarkConfig, self).__post_init__()
         check_block_size(self.block_size)
+        check_group_dropout(self.group_dropout)
         if not self.is_causal:
             raise ValueError("is_causal=False: landmark attention is causal only, pass True")
 
@@ -73,8 +75,15 @@ class LandmarkAttention(SoftmaxAttention):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         is_landmark: Tensor | None = None,
+        jumps: Tensor | None = None,
     ) -> Tensor:
-        """Mix whole sequences; ``is_landmark`` (B, N) for landmarks at other places."""
+        """Mix whole sequences.
+
+        Args:
+            x, mask, cu_seqlens: as of any mixer.
+            is_landmark: (B, N), for landmarks at other places.
+            jumps: (B, N), added to the positions of tokens (:func:`landmark_jumps`).
+        """
         batch, length = x.shape[:2]
         mask = check_mask(mask, batch, length)
         if cu_seqlens is not None:
@@ -83,6 +92,8 @@ class LandmarkAttention(SoftmaxAttention):
             places = torch.arange(length, device=x.device) - cu_seqlens[ids]
         else:
             places = positions(mask, length, device=x.device)
+        if jumps is not None:
+            places = places + jumps
         q, k, v = self._project(x, places)
         out = landmark(
             q,
@@ -92,6 +103,7 @@ class LandmarkAttention(SoftmaxAttention):
             block_size=self.config.block_size,
             mask=mask,
             cu_seqlens=cu_seqlens,
+            group_dropout=self.config.group_dropout if self.training else 0.0,
         )
         return self.out_proj(merge_heads(out))
 

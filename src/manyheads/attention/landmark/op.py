@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from manyheads.attention.landmark.definition import (
     BLOCK_SIZE,
+    check_block_size,
+    check_group_dropout,
     landmark_reference,
     regular_landmarks,
 )
@@ -23,7 +25,7 @@ from manyheads.layers.cache import append_tokens
 from manyheads.layers.heads import check_qkv, repeat_kv
 from manyheads.layers.ragged import check_mask, compact, map_packed
 
-__all__ = ["LandmarkState", "check_block_size", "landmark", "landmark_step", "landmark_update"]
+__all__ = ["LandmarkState", "landmark", "landmark_step", "landmark_update"]
 
 Implementation = Literal["auto", "block", "rows", "dense"]
 _IMPLEMENTATIONS = ("auto", "block", "rows", "dense")
@@ -52,6 +54,7 @@ def landmark(
     scale: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    group_dropout: float = 0.0,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Landmark attention: a block is reached through the landmark at its end. Causal.
@@ -70,6 +73,9 @@ def landmark(
             outputs are 0.
         cu_seqlens: (S + 1) borders of sequences packed in a batch of 1, for N = M; each begins
             with a new block.
+        group_dropout: for training: earlier blocks are left out at random, each for each query and
+            head with this probability, and the others' weights divided by what remains of 1; the
+            own block stays. Drawn by torch's global generator. Runs as "rows".
         implementation: "block" (regular blocks by tiles, closed-form backward), "rows" (any
             places, some rows of the matrix at a time, made again in backward), "dense" (the
             definition), or "auto": "block" where landmarks are regular.
@@ -78,7 +84,8 @@ def landmark(
         (B, H, N, V) in the dtype of ``query``.
 
     Raises:
-        ValueError: shapes do not fit, block_size is below 2, or "block" with other landmarks.
+        ValueError: shapes do not fit, block_size is below 2, group_dropout lies outside [0, 1),
+            or "block" or "dense" cannot do what is asked.
 
     Example:
         >>> q = k = v = torch.randn(1, 2, 100, 16)
@@ -89,6 +96,12 @@ def landmark(
     batch, keys, queries = key.shape[0], key.shape[2], query.shape[2]
     mask = check_mask(mask, batch, keys)
     check_block_size(block_size)
+    check_group_dropout(group_dropout)
+    if group_dropout and implementation in ("block", "dense"):
+        raise ValueError(
+            f"group_dropout {group_dropout} with implementation={implementation!r}: pass 'rows' or "
+            "'auto', which can leave blocks out"
+        )
     if implementation not in _IMPLEMENTATIONS:
         raise unknown_name("implementation", implementation, _IMPLEMENTATIONS)
     if queries > keys:
@@ -110,7 +123,8 @@ def landmark(
         (out,) = map_packed(
             lambda q, k, v, marked, m: landmark(
                 q, k, v, is_landmark=None if marked is None else marked[:, 0, :, 0],
-                block_size=block_size, scale=scale, mask=m, implementation=implementation,
+                block_size=block_size, scale=scale, mask=m, group_dropout=group_dropout,
+                implementation=implementation,
             ),
             (query, key, value, marks),
             cu_seqlens,
@@ -122,7 +136,8 @@ def landmark(
         # Real tokens moved to the front never see the padding behind them.
         q, k, v = (moved.gather(t, dim=2) for t in (q, k, v))
         is_landmark = None if is_landmark is None else moved.gather(is_landmark)
-    out = _attend(q, k, v, is_landmark, block_size, scale, implementation)
+    form = "rows" if group_dropout else implementation
+    out = _attend(q, k, v, is_landmark, block_size, scale, form, group_dropout)
     if moved is not None and mask is not None:
         out = moved.scatter(out, dim=2).masked_fill(~mask[:, None, :, None], 0)
     return out.to(query.dtype)
@@ -200,16 +215,6 @@ def landmark_step(
     return out[:, :, 0], state
 
 
-def check_block_size(block_size: int) -> None:
-    """Check that a block holds a token beside its landmark.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if block_size < 2:
-        raise ValueError(f"block_size {block_size} must be at least 2: a token and its landmark")
-
-
 def _by_value(lengths: Tensor) -> list[tuple[int, Tensor]]:
     """Return each length that occurs, with the rows that have it."""
     return [(n, (lengths == n).nonzero()[:, 0]) for n in lengths.unique().tolist()]
@@ -223,6 +228,7 @@ def _attend(
     block_size: int,
     scale: float | None,
     implementation: Implementation,
+    group_dropout: float = 0.0,
 ) -> Tensor:
     heads, keys = query.shape[1], key.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -244,7 +250,7 @@ def _attend(
     with torch.autocast(q.device.type, enabled=False):
         if implementation == "dense":
             return landmark_reference(q, k, v, is_landmark=is_landmark, scale=scale)
-        return _by_rows(q, k, v, is_landmark, scale)
+        return _by_rows(q, k, v, is_landmark, scale, group_dropout)
 
 
 def _is_regular(is_landmark: Tensor, block_size: int) -> bool:
@@ -255,13 +261,15 @@ def _is_regular(is_landmark: Tensor, block_size: int) -> bool:
     return bool((is_landmark.bool() == marks).all())
 
 
-def _by_rows(q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor, scale: float) -> Tensor:
+def _by_rows(
+    q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor, scale: float, group_dropout: float
+) -> Tensor:
     batch, heads, queries, _ = q.shape
     before = k.shape[2] - queries
     size = max(1, _ROW_NUMBERS // max(1, batch * heads * k.shape[2]))
 
     def rows(q: Tensor, k: Tensor, v: Tensor, marks: Tensor) -> Tensor:
-        return grouped_softmax(q @ k.mT * scale, marks) @ v
+        return grouped_softmax(q @ k.mT * scale, marks, group_dropout=group_dropout) @ v
 
     parts = []
     for start in range(0, queries, size):

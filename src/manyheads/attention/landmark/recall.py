@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manyheads.attention.landmark.fast import block_landmark_total
 from manyheads.attention.landmark.memory import LandmarkMemory
+from manyheads.attention.landmark.native import can_decode, decode
 from manyheads.layers.heads import check_qkv, repeat_kv
 
 __all__ = ["attend_with_memory"]
@@ -34,8 +35,12 @@ def attend_with_memory(memory: LandmarkMemory, query: Tensor, key: Tensor, value
     check_qkv(query, key, value, same_length=True)
     heads, scale = query.shape[1], query.shape[-1] ** -0.5
     work = torch.promote_types(query.dtype, torch.float32)
+    if work == torch.float32 and can_decode(memory, query):
+        out = decode(memory, *(t.to(work) for t in (query, key, value)))
+        memory.append(key, value)
+        return out.to(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
-        q, keys = memory.turn_chunk(query.to(work), key.to(work))
+        q, keys = memory.turn_chunk(query.to(work), key.to(work), relative=True)
         values = value.to(work)
         if memory.tail is not None:
             values = torch.cat((memory.tail[1].to(values), values), 2)

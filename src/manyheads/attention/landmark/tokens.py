@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["insert_landmarks", "landmark_places", "strip_landmarks"]
+__all__ = ["insert_landmarks", "landmark_jumps", "landmark_places", "strip_landmarks"]
 
 
 def landmark_places(
@@ -31,6 +31,32 @@ def landmark_places(
     first = offset % freq
     total = length + (first + length) // freq
     return (torch.arange(total, device=device) + first) % (freq + 1) == freq
+
+
+def landmark_jumps(is_landmark: Tensor, most: int) -> Tensor:
+    """Draw gaps in the positions of a sequence: one behind each landmark, in training alone.
+
+    A model that has met them bears the gaps between fetched blocks. torch's global generator.
+
+    Args:
+        is_landmark: (B, N) bool, at any places.
+        most: a gap has 0 to ``most`` - 1 places.
+
+    Returns:
+        (B, N) integers that never fall along N: to be added to the positions.
+
+    Raises:
+        ValueError: ``most`` is below 1.
+
+    Example:
+        >>> landmark_jumps(torch.tensor([[False, True, False, True, False]]), 1)
+        tensor([[0, 0, 0, 0, 0]])
+    """
+    if most < 1:
+        raise ValueError(f"most {most} must be at least 1: gaps have 0 to most - 1 places")
+    landmark = is_landmark.long()
+    gaps = torch.randint_like(landmark, most) * landmark
+    return gaps.cumsum(1) - gaps
 
 
 def insert_landmarks(ids: Tensor, freq: int, landmark_id: int, *, offset: int = 0) -> Tensor:

@@ -60,6 +60,7 @@ class Plan:
         is_causal: whether query i sees the keys up to its own place alone.
         order: what varies slowest along the line of tiles.
         workers: workers that have something to do.
+        xcds: chiplets among which heads and workers are divided.
         borders: worker p has the tiles borders[p] to borders[p + 1] of the line.
         segments: what they read, in the order of the line.
         runs: for each worker its segments, those that one product can compute taken together.
@@ -73,6 +74,7 @@ class Plan:
     is_causal: bool
     order: Order
     workers: int
+    xcds: int
     borders: tuple[int, ...]
     segments: tuple[Segment, ...]
     runs: tuple[tuple[Run, ...], ...]
@@ -84,7 +86,8 @@ class Plan:
 
     @property
     def loads(self) -> tuple[int, ...]:
-        """Tiles of each worker: the largest comes first and is at most one above the smallest."""
+        """Tiles of each worker: of one chiplet's the largest comes first, and is at most one above
+        the smallest."""
         return tuple(b - a for a, b in zip(self.borders, self.borders[1:], strict=False))
 
     @property
@@ -123,6 +126,7 @@ def plan(
     queries: int = 1,
     query_tile: int = 64,
     is_causal: bool = False,
+    xcds: int = 1,
 ) -> Plan:
     """Deal the tiles of a batch of contexts to workers, evenly, whatever the lengths.
 
@@ -139,23 +143,29 @@ def plan(
         query_tile: query tokens a block.
         is_causal: a block of queries has no tile behind its last token; short and long blocks
             alternate.
+        xcds: chiplets with caches of their own (8 in an MI300X). Each takes an equal share of the
+            heads, neighbouring ones, and of the workers, and deals on its own, so that no context
+            is read, and no result merged, across two. Heads that do not divide cost balance.
 
     Raises:
-        ValueError: a number that is not positive, a negative length, an unknown order.
+        ValueError: a number that is not positive, fewer workers than chiplets, a negative length,
+            an unknown order.
     """
     for name, value in (
         ("heads", heads), ("workers", workers), ("tile", tile), ("queries", queries),
-        ("query_tile", query_tile),
+        ("query_tile", query_tile), ("xcds", xcds),
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
+    if workers < xcds:
+        raise ValueError(f"workers {workers} is below xcds {xcds}: each chiplet needs one")
     if order not in ORDERS:
         raise unknown_name("order", order, ORDERS)
     rows = _read(lengths)
     if any(n < 0 for n in rows):
         raise ValueError(f"lengths {list(rows)} hold a negative one: an empty context has 0 keys")
     tiles = _count(rows, tile, queries, query_tile, is_causal)
-    return _plan(tiles, heads, workers, tile, order, queries, query_tile, is_causal)
+    return _plan(tiles, heads, workers, tile, order, queries, query_tile, is_causal, xcds)
 
 
 def deal(total: int, workers: int) -> tuple[int, ...]:
@@ -197,11 +207,16 @@ def _plan(
     queries: int,
     query_tile: int,
     is_causal: bool,
+    xcds: int,
 ) -> Plan:
-    total = heads * sum(map(sum, tiles))
-    borders = deal(total, workers)
+    shares = _shares(heads, workers, xcds)
+    line, each = [0], sum(map(sum, tiles))
+    for own, team in shares:
+        line += [line[-1] + border for border in deal(len(own) * each, team)[1:]]
+    borders = tuple(line)
+    tour = (place for own, _ in shares for place in _tour(own, len(tiles), order))
     segments, worker, begin = [], 0, 0
-    for head, request in _tour(heads, len(tiles), order):
+    for head, request in tour:
         for block in _blocks(len(tiles[request]), is_causal):
             end = begin + tiles[request][block]
             place = begin
@@ -231,6 +246,7 @@ def _plan(
         is_causal=is_causal,
         order=order,
         workers=len(borders) - 1,
+        xcds=xcds,
         borders=borders,
         segments=tuple(segments),
         runs=_runs(segments, len(borders) - 1),
@@ -250,7 +266,13 @@ def _runs(segments: Sequence[Segment], workers: int) -> tuple[tuple[Run, ...], .
     return tuple(map(tuple, found))
 
 
-def _tour(heads: int, requests: int, order: Order) -> Iterator[tuple[int, int]]:
+def _shares(heads: int, workers: int, xcds: int) -> list[tuple[range, int]]:
+    """Return the heads of each chiplet that has any, and the number of its workers."""
+    head, worker = deal(heads, xcds), deal(workers, xcds)
+    return [(range(head[i], head[i + 1]), worker[i + 1] - worker[i]) for i in range(len(head) - 1)]
+
+
+def _tour(heads: range, requests: int, order: Order) -> Iterator[tuple[int, int]]:
     if order == "head":
-        return ((h, b) for h in range(heads) for b in range(requests))
-    return ((h, b) for b in range(requests) for h in range(heads))
+        return ((h, b) for h in heads for b in range(requests))
+    return ((h, b) for b in range(requests) for h in heads)

@@ -26,7 +26,11 @@ _METHODS = ("lean", "flash", "fa2")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """Multiprocessors (108: A100, 132: H100), workers resident on each, and times."""
+    """Multiprocessors (108: A100, 132: H100, 304: MI300X), workers resident on each, and times.
+
+    ``xcds``: chiplets that the multiprocessors stand on (MI300X: 8), among which lean attention
+    divides heads; the other methods do not heed them.
+    """
 
     sms: int = 108
     per_sm: int = 1
@@ -34,11 +38,14 @@ class Device:
     t_segment: float = 0.0
     t_merge: float = 0.0
     t_launch: float = 0.0
+    xcds: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("sms", "per_sm"):
+        for name in ("sms", "per_sm", "xcds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.xcds > self.sms:
+            raise ValueError(f"xcds {self.xcds} is above sms {self.sms}: they stand on them")
         if self.t_tile <= 0 or min(self.t_segment, self.t_merge, self.t_launch) < 0:
             raise ValueError("t_tile must be positive, and no time negative")
 
@@ -102,7 +109,9 @@ def simulate(
     if method not in _METHODS:
         raise unknown_name("method", method, _METHODS)
     device = device or Device()
-    dealt = plan(lengths, heads=heads, workers=device.workers, tile=tile, order=order)
+    dealt = plan(
+        lengths, heads=heads, workers=device.workers, tile=tile, order=order, xcds=device.xcds
+    )
     if method == "lean":
         lines, splits = _lean(dealt, device), dealt.num_splits
     else:

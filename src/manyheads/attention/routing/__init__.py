@@ -40,6 +40,11 @@ from manyheads.attention.routing.local import (
     blocked_local,
     blocked_local_update,
 )
+from manyheads.attention.routing.maps import (
+    SortedRouting,
+    local_block_mask,
+    routing_block_mask,
+)
 from manyheads.attention.routing.module import RoutingAttention, RoutingLayerState
 from manyheads.attention.routing.op import routing
 from manyheads.attention.routing.spherical import (
@@ -59,13 +64,16 @@ __all__ = [
     "RoutingLayerState",
     "RoutingState",
     "Selection",
+    "SortedRouting",
     "SphericalKMeans",
     "blocked_local",
     "blocked_local_update",
     "kmeans_loss",
     "kmeans_sums",
     "kmeans_update",
+    "local_block_mask",
     "routing",
+    "routing_block_mask",
     "routing_distances",
     "routing_init",
     "routing_normalize",

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.attention.block_sparse.op import attend_visits
 from manyheads.attention.routing.fast import attend_block
+from manyheads.attention.routing.maps import local_visits
 from manyheads.layers.heads import check_qkv
 from manyheads.layers.ragged import check_mask, compact, map_packed
 
@@ -49,8 +51,10 @@ def blocked_local(
 ) -> Tensor:
     """Attend to the own block and the F tokens before it, and behind it where not causal.
 
-    O(N (I + 2 F) D). The relative distance is the key's place less the query's; where not causal
-    it is F less than that, as official code measures from the end of what a block sees.
+    O(N (I + 2 F) D). Without tables and dropout it is block-sparse attention on
+    :func:`local_block_mask`, which has no second derivative. The relative distance is the key's
+    place less the query's; where not causal it is F less than that, as official code measures
+    from the end of what a block sees.
 
     Args:
         query, key, value: (B, H, N, D).
@@ -79,6 +83,22 @@ def blocked_local(
     moved = None if mask is None else compact(mask)
     if moved is not None:
         q, k, v = (moved.gather(t, dim=2) for t in (q, k, v))
+    if relative_key is None and relative_value is None and not dropout_p:
+        visits = local_visits(
+            length, block=block, flange=flange, is_causal=is_causal, device=q.device
+        )
+        out, _ = attend_visits(
+            q * (q.shape[-1] ** -0.5 if scale is None else scale),
+            k,
+            v,
+            visits,
+            block_q=block,
+            block_k=block,
+            lengths=None if mask is None else mask.sum(1),
+        )
+        if moved is not None and mask is not None:
+            out = moved.scatter(out, dim=2).masked_fill(~mask[:, None, :, None], 0)
+        return out.to(query.dtype)
     blocks = -(-length // block)
     fill = blocks * block - length
     ahead = 0 if is_causal else flange

@@ -101,7 +101,7 @@ class SoftmaxAttention(SequenceMixer):
         else:
             places = positions(mask, x.shape[1], device=x.device)
         q, k, v = self._project(x, places)
-        return self.out_proj(merge_heads(self._attend(q, k, v, mask, cu_seqlens)))
+        return self._output(self._attend(q, k, v, mask, cu_seqlens), x, mask, cu_seqlens)
 
     def init_state(
         self,
@@ -127,7 +127,7 @@ class SoftmaxAttention(SequenceMixer):
         places = positions(mask, x.shape[1], device=x.device) + state.cache.length[:, None]
         q, k, v = self._project(x, places)
         out, cache = self._attend_cache(state.cache, q, k, v, mask)
-        return self.out_proj(merge_heads(out)), SoftmaxLayerState(cache)
+        return self._output(out, x, mask, None), SoftmaxLayerState(cache)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
@@ -139,6 +139,12 @@ class SoftmaxAttention(SequenceMixer):
         self, cache: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, SoftmaxState]:
         return softmax_update(cache, q, k, v, mask=mask)
+
+    def _output(
+        self, heads: Tensor, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Join the heads (B, H, N, D); layers that read their input ``x`` again do it here."""
+        return self.out_proj(merge_heads(heads))
 
     def _project(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config

@@ -5,6 +5,7 @@ B batch, H heads, N queries, M keys, D head dim, V value dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from manyheads.layers.cache import append_tokens
 from manyheads.layers.heads import check_qkv
 from manyheads.layers.ragged import check_mask, compact, map_packed
 
-__all__ = ["SoftmaxState", "softmax", "softmax_step", "softmax_update"]
+__all__ = ["SoftmaxState", "softmax", "softmax_step", "softmax_update", "update_cache"]
 
 _QUERY_BLOCK = 512  # rows of queries that meet a cache at once: bounds the mask that is made
 
@@ -121,6 +122,29 @@ def softmax_update(
     Returns:
         The output (B, H, N, V) and the next state.
     """
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, before: Tensor) -> Tensor:
+        return _attend_cache(query, keys, values, before, scale=scale)
+
+    return update_cache(state, query, key, value, mask, attend)
+
+
+def update_cache(
+    state: SoftmaxState | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, SoftmaxState]:
+    """Append a block of tokens to a cache and let ``attend`` read it: for what else keeps one.
+
+    Args:
+        state, query, key, value, mask: as in :func:`softmax_update`.
+        attend: called with the queries (B, H, N, D), real ones first in each row, the keys and
+            values of the cache (B, H_kv, capacity, D and V), which hold the new tokens already,
+            and how many tokens each row held before (B,); returns (B, H, N, V).
+    """
     check_qkv(query, key, value, same_length=True)
     batch, _, length, _ = query.shape
     mask = check_mask(mask, batch, length)
@@ -129,28 +153,32 @@ def softmax_update(
         query, key, value = (moved.gather(t, dim=2) for t in (query, key, value))
     counts = key.new_full((batch,), length, dtype=torch.long) if mask is None else mask.sum(1)
     if state is None:
-        before = counts.new_zeros(batch)
-        state = SoftmaxState(key[:, :, :0], value[:, :, :0], before)
+        state = SoftmaxState(key[:, :, :0], value[:, :, :0], counts.new_zeros(batch))
     before = state.length
-    start, high = int(before.min()), int(before.max())
     keys, values = append_tokens(state.key, state.value, before, key, value)
-    if high == 0:
-        out = _sdpa(query, key, value, None, is_causal=True, scale=scale)
-    elif length == 1 and start == high:
-        out = _sdpa(query, keys[:, :, : high + 1], values[:, :, : high + 1], None, scale=scale)
-    else:
-        places = torch.arange(high + length, device=key.device)
-        keys_, values_ = keys[:, :, : high + length], values[:, :, : high + length]
-        blocks = []
-        for a in range(0, length, _QUERY_BLOCK):
-            rows = torch.arange(a, min(a + _QUERY_BLOCK, length), device=key.device)
-            allowed = places <= (before[:, None] + rows)[..., None]  # (B, rows, M)
-            q = query[:, :, a : a + _QUERY_BLOCK]
-            blocks.append(_sdpa(q, keys_, values_, allowed[:, None], scale=scale))
-        out = torch.cat(blocks, 2)
+    out = attend(query, keys, values, before)
     if moved is not None and mask is not None:
         out = moved.scatter(out, dim=2).masked_fill(~mask[:, None, :, None], 0)
     return out, SoftmaxState(keys, values, before + counts)
+
+
+def _attend_cache(
+    query: Tensor, keys: Tensor, values: Tensor, before: Tensor, *, scale: float | None
+) -> Tensor:
+    length, start, high = query.shape[2], int(before.min()), int(before.max())
+    keys, values = keys[:, :, : high + length], values[:, :, : high + length]
+    if high == 0:
+        return _sdpa(query, keys, values, None, is_causal=True, scale=scale)
+    if length == 1 and start == high:
+        return _sdpa(query, keys, values, None, scale=scale)
+    places = torch.arange(high + length, device=keys.device)
+    blocks = []
+    for a in range(0, length, _QUERY_BLOCK):
+        rows = torch.arange(a, min(a + _QUERY_BLOCK, length), device=keys.device)
+        allowed = places <= (before[:, None] + rows)[..., None]  # (B, rows, M)
+        q = query[:, :, a : a + _QUERY_BLOCK]
+        blocks.append(_sdpa(q, keys, values, allowed[:, None], scale=scale))
+    return torch.cat(blocks, 2)
 
 
 def softmax_step(

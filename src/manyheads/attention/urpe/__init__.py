@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from manyheads.attention.softmax.op import SoftmaxState
+from manyheads.attention.urpe.blocks import block_pairs
 from manyheads.attention.urpe.definition import urpe_reference, urpe_weights
-from manyheads.attention.urpe.fast import block_pairs
 from manyheads.attention.urpe.lse import urpe_from_lse
 from manyheads.attention.urpe.module import URPEAttention, URPEConfig
 from manyheads.attention.urpe.op import urpe, urpe_step, urpe_update

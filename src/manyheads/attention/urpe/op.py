@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from manyheads.attention.softmax.op import SoftmaxState
+from manyheads.attention.softmax.op import SoftmaxState, update_cache
+from manyheads.attention.urpe.blocks import block_rows
 from manyheads.attention.urpe.definition import check_factors, expand_factor
-from manyheads.attention.urpe.fast import block_rows, urpe_blocked
+from manyheads.attention.urpe.fast import urpe_blocked
 from manyheads.attention.urpe.lse import urpe_from_lse
 from manyheads.errors import unknown_name
-from manyheads.layers.cache import append_tokens
 from manyheads.layers.heads import check_qkv, repeat_kv
 from manyheads.layers.ragged import check_mask, compact, map_packed
 
@@ -154,21 +154,11 @@ def urpe_update(
     Raises:
         ValueError: shapes do not fit, a factor is a matrix, or a table is too short.
     """
-    check_qkv(query, key, value, same_length=True)
-    batch, _, length, _ = query.shape
-    mask = check_mask(mask, batch, length)
-    moved = None if mask is None else compact(mask)
-    if moved is not None:
-        query, key, value = (moved.gather(t, dim=2) for t in (query, key, value))
-    counts = key.new_full((batch,), length, dtype=torch.long) if mask is None else mask.sum(1)
-    if state is None:
-        state = SoftmaxState(key[:, :, :0], value[:, :, :0], counts.new_zeros(batch))
-    before = state.length
-    keys, values = append_tokens(state.key, state.value, before, key, value)
-    out = attend_cache(query, keys, values, before, bias, multiplier, scale=scale)
-    if moved is not None and mask is not None:
-        out = moved.scatter(out, dim=2).masked_fill(~mask[:, None, :, None], 0)
-    return out, SoftmaxState(keys, values, before + counts)
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, before: Tensor) -> Tensor:
+        return attend_cache(query, keys, values, before, bias, multiplier, scale=scale)
+
+    return update_cache(state, query, key, value, mask, attend)
 
 
 def urpe_step(

@@ -98,6 +98,11 @@ class CausalLM(Model):
         logits, state = self.update(tokens[:, None], state)
         return logits[:, 0], state
 
+    @property
+    def never_generated(self) -> tuple[int, ...]:
+        """Tokens that :meth:`generate` does not yield, whatever their logits."""
+        return ()
+
     @torch.inference_mode()
     def generate(
         self,
@@ -138,6 +143,8 @@ class CausalLM(Model):
         done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
         for i in range(max_new_tokens):
             assert logits is not None
+            for never in self.never_generated:
+                logits[:, never] = -torch.inf
             token = sample_token(
                 logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
             )

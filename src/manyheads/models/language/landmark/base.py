@@ -17,6 +17,7 @@ from manyheads.attention.landmark import (
     LandmarkAttention,
     LandmarkMemory,
     insert_landmarks,
+    landmark_jumps,
     strip_landmarks,
 )
 from manyheads.config import Config
@@ -38,6 +39,10 @@ class LandmarkLMConfig(Config):
         train_context: tokens, landmarks among them, that the model was trained on at once.
         rotary_theta: base of the rotary embedding.
         init_std: of linear and embedding weights.
+        group_dropout: in training alone, the share of earlier blocks that each query and head
+            leaves out.
+        pos_jump: in training alone, positions leave out up to ``pos_jump`` - 1 places behind each
+            landmark, at random; 0 for none.
     """
 
     vocab_size: int
@@ -49,6 +54,8 @@ class LandmarkLMConfig(Config):
     train_context: int
     rotary_theta: float = 10000.0
     init_std: float = 0.02
+    group_dropout: float = 0.0
+    pos_jump: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.landmark_id < self.vocab_size:
@@ -57,6 +64,8 @@ class LandmarkLMConfig(Config):
             )
         if self.freq < 1:
             raise ValueError(f"freq {self.freq} must be at least 1: tokens between two landmarks")
+        if self.pos_jump < 0:
+            raise ValueError(f"pos_jump {self.pos_jump} must not be negative: 0 for no jumps")
 
     @property
     def block_size(self) -> int:
@@ -79,9 +88,15 @@ class LandmarkBlock(nn.Module):
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         is_landmark: Tensor,
+        jumps: Tensor | None,
     ) -> Tensor:
-        normed = self.mixer_norm(x)
-        x = x + self.mixer(normed, mask=mask, cu_seqlens=cu_seqlens, is_landmark=is_landmark)
+        x = x + self.mixer(
+            self.mixer_norm(x),
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            is_landmark=is_landmark,
+            jumps=jumps,
+        )
         return x + self.mlp(self.mlp_norm(x))
 
     def remember(self, x: Tensor, memory: LandmarkMemory) -> Tensor:
@@ -108,6 +123,11 @@ class LandmarkLM(CausalLM):
     def _blocks(self) -> list[LandmarkBlock]:
         return cast(list[LandmarkBlock], list(self.layers))
 
+    @property
+    def never_generated(self) -> tuple[int, ...]:
+        # Landmarks are put in by place; one that is drawn would have no block to stand for.
+        return (self.config.landmark_id,)
+
     def _init(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
@@ -119,9 +139,12 @@ class LandmarkLM(CausalLM):
     ) -> Tensor:
         """Return logits (B, N, V) of tokens (B, N), landmarks among them."""
         is_landmark = tokens == self.config.landmark_id
+        jumps = None
+        if self.training and self.config.pos_jump:
+            jumps = landmark_jumps(is_landmark, self.config.pos_jump)
         x = self.embed(tokens)
         for layer in self._blocks:
-            x = layer(x, mask, cu_seqlens, is_landmark)
+            x = layer(x, mask, cu_seqlens, is_landmark, jumps)
         return self.head(self.norm(x))
 
     def init_state(

@@ -53,12 +53,16 @@ class LandmarkGPTConfig(LandmarkLMConfig):
         for key, value in official.items():
             if key in _OFFICIAL:
                 values[_OFFICIAL[key]] = value
+            elif key in _IN_TRAINING:
+                values[_IN_TRAINING[key]] = value or 0
             elif key in _RELEASED:
                 if value not in _RELEASED[key]:
                     raise ValueError(f"{key}={value!r} is not supported: {_RELEASED[key]}")
             elif key not in _AT_INFERENCE:
-                known = [*_OFFICIAL, *_RELEASED, *_AT_INFERENCE]
+                known = [*_OFFICIAL, *_IN_TRAINING, *_RELEASED, *_AT_INFERENCE]
                 raise ValueError(f"unknown key {key!r} in an official config{nearest(key, known)}")
+        if official.get("positional_encoder") == "rotary":
+            values["pos_jump"] = 0  # that encoder does not read it
         freq = official.get("mem_cache_freq") or official.get("mem_freq")
         return cls.from_dict(values | ({"freq": freq} if freq else {}))
 
@@ -75,10 +79,9 @@ _OFFICIAL = {
 }
 _RELEASED: dict[str, tuple[Any, ...]] = {
     "softmax_func": ("mem", "mem_opt"),
-    "positional_encoder": ("rotary",),
-    "group_dropout": (None, 0, 0.0),
-    "pos_jump_on_mem": (None, 0),
+    "positional_encoder": ("rotary", "rotary_mem_jump"),
 }
+_IN_TRAINING = {"group_dropout": "group_dropout", "pos_jump_on_mem": "pos_jump"}
 _AT_INFERENCE = {
     "allow_cache_during_training",
     "batch_size",
@@ -143,6 +146,7 @@ class LandmarkGPT(LandmarkLM):
                 block_size=c.block_size,
                 rotary_theta=c.rotary_theta,
                 rotary_interleaved=True,
+                group_dropout=c.group_dropout,
             )
         )
         norms = (nn.LayerNorm(c.embed_dim, bias=c.bias), nn.LayerNorm(c.embed_dim, bias=c.bias))

@@ -139,6 +139,7 @@ class LandmarkLlama(LandmarkLM):
                 num_kv_heads=c.num_kv_heads,
                 block_size=c.block_size,
                 rotary_theta=c.rotary_theta,
+                group_dropout=c.group_dropout,
             )
         )
         norms = (RMSNorm(c.embed_dim, eps=c.norm_eps), RMSNorm(c.embed_dim, eps=c.norm_eps))

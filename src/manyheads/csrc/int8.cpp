@@ -1,0 +1,277 @@
+// Products of 8-bit matrices with 32-bit sums, and the parts of an 8-bit Mamba block.
+//
+// B batch, N tokens, E channels, G groups, D states, V = E / G, W taps, R width of the step.
+// Codes are int8, values are code times scale; what is not a product of codes (SiLU, softplus,
+// exponentials, the states) is float32. Halves are rounded away from zero.
+//
+// Without it: 8-bit matrices are multiplied as floats, which saves memory but no time.
+
+#include <omp.h>
+
+#include <vector>
+
+#include "int8.h"
+
+namespace {
+
+using namespace manyheads;
+
+inline int width(int64_t c, int64_t last) {
+  return (int)(last - c < kLanes ? last - c : kLanes);
+}
+
+// 16 channels of one token of the convolution, its taps' rows given.
+inline Bytes taps_of(const int8_t *const *rows, const int8_t *weight, const float *bias,
+                     int64_t taps, int64_t channels, int64_t c, int count, float in, float out) {
+  Ints sum = {};
+  for (int64_t j = 0; j < taps; ++j)
+    sum += widen(load_bytes(weight + j * channels + c, count)) *
+           widen(load_bytes(rows[j] + c, count));
+  Floats y = real(sum) * in + (bias ? load_some(bias + c, count) : Floats{});
+  y *= logistic(y);
+  return encode(y / out);
+}
+
+// Sylvester's transform of each of the rows of (base, fast), then the base matrix on the rows.
+void rotate(float *y, float *other, const float *matrix, int64_t base, int64_t fast) {
+  const int64_t n = base * fast;
+  int64_t step = 1;
+  for (; step < kLanes && step < fast; step *= 2)
+    for (int64_t i = 0; i < n; i += 2 * step)
+      for (int64_t j = i; j < i + step; ++j) {
+        const float a = y[j], b = y[j + step];
+        y[j] = a + b;
+        y[j + step] = a - b;
+      }
+  for (; step < fast; step *= 2)
+    for (int64_t i = 0; i < n; i += 2 * step)
+      for (int64_t j = i; j < i + step; j += kLanes) {
+        const Floats a = load(y + j), b = load(y + j + step);
+        store(y + j, a + b);
+        store(y + j + step, a - b);
+      }
+  if (base == 1) return;
+  for (int64_t c = 0; c < fast; c += kLanes) {
+    const int count = width(c, fast);
+    for (int64_t k = 0; k < base; ++k) {
+      Floats sum = {};
+      for (int64_t i = 0; i < base; ++i)
+        sum += matrix[k * base + i] * load_some(y + i * fast + c, count);
+      store_some(other + k * fast + c, sum, count);
+    }
+  }
+  std::memcpy(y, other, n * sizeof(float));
+}
+
+void encode_row(const float *y, int8_t *codes, int64_t count, float scale) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const int some = width(c, count);
+    store_bytes(codes + c, encode(load_some(y + c, some) / scale), some);
+  }
+}
+
+std::vector<int32_t> totals_of(const int8_t *x, int64_t row, int64_t rows, int64_t count) {
+  std::vector<int32_t> totals(rows);
+  for (int64_t m = 0; m < rows; ++m) totals[m] = total(x + m * row, count);
+  return totals;
+}
+
+void one_row(const int8_t *weight, const float *scale, const float *bias, int64_t inputs,
+             int64_t outputs, const int8_t *x, float *out, int8_t *codes, int64_t threads) {
+  const Linear n{weight, scale, bias, nullptr, inputs, outputs, 0};
+  const int32_t sum = total(x, inputs);
+  linear(n, x, inputs, 1, &sum, out, codes, threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+// out or codes: (M, O), the other null. sizes: M, K, O, bytes between rows of x, whether scale is
+// (O), threads.
+void int8_linear(const int8_t *x, const int8_t *weight, const float *scale, const float *bias,
+                 const float *row_scale, float *out, int8_t *codes, const int64_t *sizes) {
+  const Linear n{weight, scale, bias, row_scale, sizes[1], sizes[2], sizes[4]};
+  const auto totals = totals_of(x, sizes[3], sizes[0], sizes[1]);
+  linear(n, x, sizes[3], sizes[0], totals.data(), out, codes, sizes[5]);
+}
+
+// sizes: numbers, threads.
+void int8_encode(const float *x, int8_t *codes, const float *scale, const int64_t *sizes) {
+  constexpr int64_t kPart = 4096;
+  const int64_t parts = (sizes[0] + kPart - 1) / kPart;
+#pragma omp parallel for schedule(static) num_threads(sizes[1]) if (parts > 16)
+  for (int64_t p = 0; p < parts; ++p) {
+    const int64_t at = p * kPart, rest = sizes[0] - at;
+    encode_row(x + at, codes + at, rest < kPart ? rest : kPart, scale[0]);
+  }
+}
+
+// x (B, N, E) with strides of batch and token, before (B, W - 1, E), weight (W, E), bias (E) or
+// null, codes (B, N, E). scales: of input times weight, of output. sizes: B, N, E, W, threads.
+void int8_conv(const int8_t *x, const int8_t *before, const int8_t *weight, const float *bias,
+               const float *scales, int8_t *codes, const int64_t *sizes, const int64_t *strides) {
+  const int64_t N = sizes[1], E = sizes[2], W = sizes[3], tokens = sizes[0] * N;
+#pragma omp parallel num_threads(sizes[4]) if (tokens * E > 65536)
+  {
+    std::vector<const int8_t *> rows(W);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t b = i / N, t = i % N;
+      for (int64_t j = 0; j < W; ++j) {
+        const int64_t s = t - W + 1 + j;
+        rows[j] = s >= 0 ? x + b * strides[0] + s * strides[1]
+                         : before + (b * (W - 1) + s + W - 1) * E;
+      }
+      for (int64_t c = 0; c < E; c += kLanes) {
+        const int count = width(c, E);
+        store_bytes(codes + i * E + c,
+                    taps_of(rows.data(), weight, bias, W, E, c, count, scales[0], scales[1]), count);
+      }
+    }
+  }
+}
+
+// u, dt (B, N, E); low (B, N, R + 2 G D), of which B and C are read; z (B, N, E) with strides of
+// batch and token; a (G, D, V), skip, bias (E); mask (B, N) or null; memory (B, G, D, V), becomes
+// the last; out (B, N, E). scales: of u, dt, low, z. sizes: B, N, E, G, D, R, threads.
+void int8_scan(const int8_t *u, const int8_t *dt, const int8_t *low, const int8_t *z,
+               const float *a, const float *skip, const float *bias, const uint8_t *mask,
+               float *memory, float *out, const float *scales, const int64_t *sizes,
+               const int64_t *strides) {
+  const int64_t N = sizes[1], E = sizes[2], G = sizes[3], D = sizes[4], R = sizes[5], V = E / G;
+  const int64_t blocks = (V + kLanes - 1) / kLanes, total_width = R + 2 * G * D;
+  const int64_t tasks = sizes[0] * G * blocks;
+#pragma omp parallel num_threads(sizes[6]) if (tasks > 1 && N * E * D > 65536)
+  {
+    std::vector<float> shared(2 * D);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int64_t v = task % blocks * kLanes, g = task / blocks % G, b = task / blocks / G;
+      const int64_t e = g * V + v;
+      const int count = width(v, V);
+      const float *rates = a + g * D * V + v;
+      float *state = memory + (b * G + g) * D * V + v;
+      const Floats shift = load_some(bias + e, count), through = load_some(skip + e, count);
+      for (int64_t t = 0; t < N; ++t) {
+        const int64_t token = b * N + t;
+        float *to = out + token * E + e;
+        if (mask && !mask[token]) {
+          store_some(to, Floats{}, count);
+          continue;
+        }
+        const int8_t *key = low + token * total_width + R + g * D, *query = key + G * D;
+        for (int64_t d = 0; d < D; ++d) {
+          shared[d] = key[d] * scales[2];
+          shared[D + d] = query[d] * scales[2];
+        }
+        const Floats x = load_real(u + token * E + e, count) * scales[0];
+        const Floats step = softplus(load_real(dt + token * E + e, count) * scales[1] + shift);
+        const Floats scaled = step * x, exponent = step * kLog2E;
+        Floats y = through * x;
+        for (int64_t d = 0; d < D; ++d) {
+          const Floats next = exp2_within(exponent * load_some(rates + d * V, count)) *
+                                  load_some(state + d * V, count) +
+                              scaled * shared[d];
+          store_some(state + d * V, next, count);
+          y += next * shared[D + d];
+        }
+        const Floats gate =
+            load_real(z + b * strides[0] + t * strides[1] + e, count) * scales[3];
+        store_some(to, y * gate * logistic(gate), count);
+      }
+    }
+  }
+}
+
+// y (M, n = base · fast) to the codes of its rotation times `factor`; matrix (base, base), or null.
+// sizes: M, base, fast, threads.
+void int8_rotate(const float *y, const float *matrix, const float *factor, int8_t *codes,
+                 const int64_t *sizes) {
+  const int64_t n = sizes[1] * sizes[2];
+#pragma omp parallel num_threads(sizes[3]) if (sizes[0] * n > 32768)
+  {
+    std::vector<float> row(n), other(n);
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < sizes[0]; ++m) {
+      std::memcpy(row.data(), y + m * n, n * sizeof(float));
+      rotate(row.data(), other.data(), matrix, sizes[1], sizes[2]);
+      for (int64_t c = 0; c < n; c += kLanes) {
+        const int count = width(c, n);
+        store_bytes(codes + m * n + c, encode(load_some(row.data() + c, count) * factor[0]), count);
+      }
+    }
+  }
+}
+
+// One token through a whole block. x (B, C); weights (O, K) each, conv (W, E); conv_bias, dt_bias,
+// skip (E), in_bias, out_bias or null; a (E, D); window (B, W, E) codes, newest last, and memory
+// (B, E, D), both become the next; out (B, C). scales: of the input, in_proj, conv's product, u,
+// x_proj, dt_proj, dt, low, z, rotation, out_proj. sizes: B, C, E, G, D, R, W, base, fast, threads;
+// base 0: no rotation.
+void int8_mamba_step(const float *x, const int8_t *in_weight, const float *in_bias,
+                     const int8_t *conv, const float *conv_bias, const int8_t *x_weight,
+                     const int8_t *dt_weight, const float *dt_bias, const float *a,
+                     const float *skip, const float *matrix, const int8_t *out_weight,
+                     const float *out_bias, int8_t *window, float *memory, float *out,
+                     const float *scales, const int64_t *sizes) {
+  const int64_t C = sizes[1], E = sizes[2], G = sizes[3], D = sizes[4], R = sizes[5], W = sizes[6];
+  const int64_t V = E / G, low_width = R + 2 * G * D, threads = sizes[9];
+  std::vector<int8_t> in(C), xz(2 * E), u(E), low(low_width), dt(E), codes(E);
+  std::vector<float> y(E), other(E), key(G * D), query(G * D);
+  std::vector<const int8_t *> rows(W);
+  for (int64_t b = 0; b < sizes[0]; ++b) {
+    encode_row(x + b * C, in.data(), C, scales[0]);
+    one_row(in_weight, scales + 1, in_bias, C, 2 * E, in.data(), nullptr, xz.data(), threads);
+    int8_t *seen = window + b * W * E;
+    std::memmove(seen, seen + E, (W - 1) * E);
+    std::memcpy(seen + (W - 1) * E, xz.data(), E);
+    for (int64_t j = 0; j < W; ++j) rows[j] = seen + j * E;
+    for (int64_t c = 0; c < E; c += kLanes) {
+      const int count = width(c, E);
+      const Bytes v = taps_of(rows.data(), conv, conv_bias, W, E, c, count, scales[2], scales[3]);
+      store_bytes(u.data() + c, v, count);
+    }
+    one_row(x_weight, scales + 4, nullptr, E, low_width, u.data(), nullptr, low.data(), threads);
+    one_row(dt_weight, scales + 5, nullptr, R, E, low.data(), nullptr, dt.data(), threads);
+    for (int64_t i = 0; i < G * D; ++i) {
+      key[i] = low[R + i] * scales[7];
+      query[i] = low[R + G * D + i] * scales[7];
+    }
+    for (int64_t e = 0; e < E; e += kLanes) {
+      const int count = width(e, E);
+      const Floats input = load_real(u.data() + e, count) * scales[3];
+      const Floats step =
+          softplus(load_real(dt.data() + e, count) * scales[6] + load_some(dt_bias + e, count));
+      const Floats scaled = step * input, exponent = step * kLog2E;
+      Floats sum_ = {};
+      for (int c = 0; c < count; ++c) {  // here the states of a channel are the lanes
+        const int64_t g = (e + c) / V * D;
+        float *state = memory + (b * E + e + c) * D;
+        Floats read = {};
+        for (int64_t d = 0; d < D; d += kLanes) {
+          const int some = width(d, D);
+          const Floats next =
+              exp2_within(exponent[c] * load_some(a + (e + c) * D + d, some)) *
+                  load_some(state + d, some) +
+              scaled[c] * load_some(key.data() + g + d, some);
+          store_some(state + d, next, some);
+          read += next * load_some(query.data() + g + d, some);
+        }
+        sum_[c] = sum(read);
+      }
+      const Floats gate = load_real(xz.data() + E + e, count) * scales[8];
+      sum_ += load_some(skip + e, count) * input;
+      store_some(y.data() + e, sum_ * gate * logistic(gate), count);
+    }
+    if (sizes[7]) rotate(y.data(), other.data(), matrix, sizes[7], sizes[8]);
+    for (int64_t c = 0; c < E; c += kLanes) {
+      const int count = width(c, E);
+      const Floats v = load_some(y.data() + c, count);
+      // With a rotation its factor is multiplied by, as where many tokens are rotated.
+      store_bytes(codes.data() + c, encode(sizes[7] ? v * scales[9] : v / scales[9]), count);
+    }
+    one_row(out_weight, scales + 10, out_bias, E, C, codes.data(), out + b * C, nullptr, threads);
+  }
+}
+}

@@ -1,0 +1,177 @@
+// Products of 8-bit numbers with 32-bit sums, and 8-bit codes, 16 outputs at a time.
+#pragma once
+
+#include "gates.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// GCC takes what its own header leaves undefined on purpose for a mistake.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#define MANYHEADS_VNNI 1
+#endif
+
+namespace manyheads {
+
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+static inline Bytes load_bytes(const int8_t *from, int count) {
+  Bytes v = {};
+  if (count == kLanes) {
+    std::memcpy(&v, from, kLanes);
+  } else {
+    std::memcpy(&v, from, count);
+  }
+  return v;
+}
+
+static inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
+static inline Floats real(Ints v) { return __builtin_convertvector(v, Floats); }
+
+static inline Floats load_real(const int8_t *from, int count) {
+  return real(widen(load_bytes(from, count)));
+}
+
+// The nearest code, halves away from zero; NaN becomes -128. Reading the magnitude by its bits
+// keeps the compiler from fusing the product that x may be with the difference below: codes are
+// those of separately rounded operations, as PyTorch has them.
+static inline Bytes encode(Floats x) {
+  Floats size = magnitude(x);
+  size = size < 200.0f ? size : splat(200.0f);
+  Ints whole = __builtin_convertvector(size, Ints);
+  whole -= (Ints)(size - real(whole) >= 0.5f);  // a true comparison is -1
+  Ints code = x < 0.0f ? -whole : whole;
+  code = code > 127 ? Ints{} + 127 : code;
+  code = code < -128 ? Ints{} - 128 : code;
+  return __builtin_convertvector(code, Bytes);
+}
+
+static inline void store_bytes(int8_t *to, Bytes v, int count) { std::memcpy(to, &v, count); }
+
+// sums[m][o] = row m of x times row o of w, for 1 or 4 rows of x and 16 of w.
+#ifdef MANYHEADS_VNNI
+
+// The instruction multiplies unsigned by signed: w + 128 stands for w, and 128 sum(x) is taken off.
+static inline __m512i some(const int8_t *from, __mmask64 which) {
+  return _mm512_maskz_loadu_epi8(which, from);
+}
+
+static inline __mmask64 first(int64_t count) {
+  return count >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << count) - 1;
+}
+
+// The sums of 16 vectors, one a lane.
+static inline __m512i fold(const __m512i *v) {
+  __m512i pairs[8], quads[4];
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]),
+                                _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i)
+    quads[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]),
+                                _mm512_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
+  const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(quads[0], quads[1], 0x44),
+                                     _mm512_shuffle_i32x4(quads[0], quads[1], 0xee));
+  const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(quads[2], quads[3], 0x44),
+                                     _mm512_shuffle_i32x4(quads[2], quads[3], 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+static inline int32_t total(const int8_t *x, int64_t count) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t k = 0; k < count; k += 64)
+    sum = _mm512_dpbusd_epi32(sum, ones, some(x + k, first(count - k)));
+  return _mm512_reduce_add_epi32(sum);
+}
+
+template <int kRows>
+static inline void products(const int8_t *x, int64_t row, const int8_t *const *w, int64_t count,
+                            const int32_t *totals, Ints *sums) {
+  constexpr int kOuts = 16 / kRows;  // accumulators fill half of the registers
+  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  for (int at = 0; at < 16; at += kOuts) {
+    __m512i acc[16];
+    for (auto &a : acc) a = _mm512_setzero_si512();
+    auto add = [&](int64_t k, __mmask64 which) __attribute__((always_inline)) {
+      __m512i in[kRows];
+      for (int m = 0; m < kRows; ++m) in[m] = some(x + m * row + k, which);
+      for (int o = 0; o < kOuts; ++o) {
+        const __m512i weight = _mm512_xor_si512(some(w[at + o] + k, which), flip);
+        for (int m = 0; m < kRows; ++m)
+          acc[m * kOuts + o] = _mm512_dpbusd_epi32(acc[m * kOuts + o], weight, in[m]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + 64 <= count; k += 64) add(k, ~(__mmask64)0);
+    if (k < count) add(k, first(count - k));
+    int32_t folded[16];
+    _mm512_storeu_si512(folded, fold(acc));
+    for (int m = 0; m < kRows; ++m)
+      for (int o = 0; o < kOuts; ++o)
+        sums[m][at + o] = folded[m * kOuts + o] - 128 * totals[m];
+  }
+}
+
+#else
+
+static inline int32_t total(const int8_t *, int64_t) { return 0; }
+
+template <int kRows>
+static inline void products(const int8_t *x, int64_t row, const int8_t *const *w, int64_t count,
+                            const int32_t *, Ints *sums) {
+  for (int o = 0; o < 16; ++o)
+    for (int m = 0; m < kRows; ++m) {
+      const int8_t *a = x + m * row, *b = w[o];
+      int32_t sum = 0;
+      for (int64_t k = 0; k < count; ++k) sum += (int32_t)a[k] * b[k];  // a pattern compilers know
+      sums[m][o] = sum;
+    }
+}
+
+#endif
+
+struct Linear {
+  const int8_t *weight;                        // (O, K)
+  const float *scale, *bias, *row_scale;       // (1) or (O); (O) or null; (M) or null
+  int64_t inputs, outputs, per_channel;
+};
+
+// (M, K) rows of x, `row` bytes apart, to floats or codes (M, O), whichever is not null.
+static inline void linear(const Linear &n, const int8_t *x, int64_t row, int64_t rows,
+                          const int32_t *totals, float *out, int8_t *codes, int64_t threads) {
+  const int64_t blocks = (n.outputs + kLanes - 1) / kLanes;
+  // A few microseconds of work are not worth waking threads for.
+  const bool many = rows * n.outputs * n.inputs > (1 << 19);
+#pragma omp parallel for schedule(static) num_threads(threads) if (many)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t o = block * kLanes;
+    const int count = (int)(n.outputs - o < kLanes ? n.outputs - o : kLanes);
+    const int8_t *w[kLanes];
+    for (int i = 0; i < kLanes; ++i)  // the last row again where there are fewer
+      w[i] = n.weight + (o + (i < count ? i : count - 1)) * n.inputs;
+    const Floats scale = n.per_channel ? load_some(n.scale + o, count) : splat(n.scale[0]);
+    const Floats bias = n.bias ? load_some(n.bias + o, count) : Floats{};
+    for (int64_t m = 0; m < rows;) {
+      const int some = rows - m >= 4 ? 4 : 1;
+      Ints sums[4];
+      if (some == 4) {
+        products<4>(x + m * row, row, w, n.inputs, totals + m, sums);
+      } else {
+        products<1>(x + m * row, row, w, n.inputs, totals + m, sums);
+      }
+      for (int i = 0; i < some; ++i, ++m) {
+        Floats y = real(sums[i]) * scale;
+        if (n.row_scale) y *= n.row_scale[m];
+        if (n.bias) {
+          // A detour over memory: codes must not depend on whether the sum below is fused.
+          if (codes) asm volatile("" : "+m"(y));
+          y += bias;
+        }
+        if (out) store_some(out + m * n.outputs + o, y, count);
+        if (codes) store_bytes(codes + m * n.outputs + o, encode(y), count);
+      }
+    }
+  }
+}
+
+}  // namespace manyheads
