@@ -216,6 +216,10 @@ def test_corrections_are_added_to_their_part() -> None:
     )
     assert_close(layer(x), expected + layer.bias, 1e-6)
     assert_close(layer.eval().to_dense()(x), layer(x), 1e-6)
+    layer.keep = False
+    many = torch.randn(63, 7)  # added to the matrix for many tokens, applied after it for few
+    with torch.no_grad():
+        assert_close(layer(many)[:2], layer(many[:2]), 1e-6)
 
 
 def test_mixed_matrices_start_with_the_variance_of_the_models_own() -> None:
@@ -228,6 +232,9 @@ def test_mixed_matrices_start_with_the_variance_of_the_models_own() -> None:
         spread = torch.stack([m.weight for m in model[:12]]).square().mean().sqrt()
         assert 0.6 < spread / usual < 1.6
         assert not torch.equal(model[0].weight, model[1].weight)
+        if not options:
+            table = model.shared_atoms["query"].coefficients.detach()
+            torch.testing.assert_close(table.norm(dim=1), torch.ones(12))
 
 
 def test_coefficients_do_not_decay_and_atoms_do() -> None:

@@ -125,8 +125,9 @@ def share(
 ) -> nn.Module:
     """Replace linear layers by ones that share their matrices, in place. Needs training after.
 
-    The atoms start as matrices of the first layers and the coefficients as N(0, 1/S), so that
-    mixed matrices start with the variance that the model's own have. Layers whose matrices have
+    The atoms start as matrices of the first layers and each layer's coefficients as a direction
+    drawn evenly, of length 1 (of one atom: N(0, 1)), so that mixed matrices start with the variance
+    that the model's own have. Layers whose matrices have
     another shape share among themselves.
 
     Args:
@@ -186,7 +187,9 @@ def _dictionary(model: nn.Module, members: Sequence[Slot], config: SharingConfig
         network = CoefficientNetwork(layers, count).to(atoms)
         return AtomDictionary(atoms, network)
     drawn = torch.randn(layers, count, dtype=atoms.dtype, device=atoms.device)
-    return AtomDictionary(atoms, drawn * count**-0.5)
+    if count > 1:  # of few atoms some layers would draw next to nothing, and learn late
+        drawn = drawn / drawn.norm(dim=1, keepdim=True)
+    return AtomDictionary(atoms, drawn)
 
 
 def _low_rank(

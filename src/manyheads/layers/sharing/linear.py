@@ -99,6 +99,11 @@ class SharedLinear(nn.Module):
             return self._factored(x)
         if self.keep and not any(t.is_inference() for t in self._sources()):
             return F.linear(x, self._kept(), self.bias)
+        tokens = x.numel() // max(1, x.shape[-1])
+        inputs, outputs = self.in_features, self.out_features
+        if any(self.ranks) and tokens * (inputs + outputs) > inputs * outputs:
+            # Of so many tokens the correction costs more than adding it to the matrix.
+            return F.linear(x, self.weight, self.bias)
         return self._factored(x)
 
     def _factored(self, x: Tensor) -> Tensor:
