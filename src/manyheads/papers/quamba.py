@@ -124,7 +124,8 @@ def _sizes_and_speeds(progress: Progress) -> dict[str, float]:
     small = plan.apply(model)
     held = plan.measured["linear_bytes"]
     calls = {}
-    for name, one in (("float", model), ("int8", small)):
+    pair: dict[str, Any] = {"float": model, "int8": small}
+    for name, one in pair.items():
         _, state = one.step(tokens[:, 0], one.init_state(1))
         calls[name] = lambda one=one, state=state: one.step(tokens[:, 1], state)
     progress("130m sizes: decoding by turns")
@@ -265,7 +266,7 @@ PAPER = Paper(
         "manyheads.attention.MambaMixer",
         "manyheads.models.language.mamba.MambaForCausalLM",
     ),
-    recipe=None,
+    recipe="manyheads shrink FOLDER --method quamba --calibrate builtin:python --out SMALL",
     claim=Claim(
         statement=(
             "Mamba runs in static 8 bits at half of the memory and 1.72 times the speed of half "
