@@ -66,6 +66,20 @@ MUTATIONS = (
         "links = (x.shape[dim] - 1) // step - 1",
     ),
     Mutation(
+        "minilm: the divergence with its sides exchanged",
+        "minilm",
+        "compress/minilm/losses.py",
+        "target = teacher.exp()",
+        "target = student.exp()",
+    ),
+    Mutation(
+        "minilm: every token counts alike instead of every sample",
+        "minilm",
+        "compress/minilm/losses.py",
+        "(real.clamp_min(1) * samples * heads)",
+        "(real.sum() * heads)",
+    ),
+    Mutation(
         "gla: the sign of the gate's gradient",
         "gla",
         "attention/gla/fast.py",
@@ -437,11 +451,46 @@ MUTATIONS = (
         "real = torch.arange(most, device=x.device) <= counts[:, None]",
     ),
     Mutation(
+        "a2sf: old scores are not forgotten when a token is added",
+        "a2sf",
+        "compress/a2sf/a2sf.py",
+        "self.settings.alpha ** real.sum(-1).float()",
+        "1.0 ** real.sum(-1).float()",
+    ),
+    Mutation(
+        "a2sf: one recent token fewer is protected in the simulation",
+        "a2sf",
+        "compress/a2sf/simulate.py",
+        "[:, :, sink : t - recent + 1]",
+        "[:, :, sink : t - recent + 2]",
+    ),
+    Mutation(
         "ia-red2: the kept share is not squared in the reward",
         "ia-red2",
         "models/vision/ia_red2/policy.py",
         "1 - share.square()",
         "1 - share",
+    ),
+    Mutation(
+        "masa: atoms' gradients without the coefficients",
+        "masa",
+        "layers/sharing/op.py",
+        "coefficients.to(part)[:, None, None] * part",
+        "torch.ones_like(coefficients.to(part))[:, None, None] * part",
+    ),
+    Mutation(
+        "masa: KL the other way round",
+        "masa",
+        "compress/masa/mathematics.py",
+        "(before.exp() * (before - after)).sum(-1)",
+        "(after.exp() * (after - before)).sum(-1)",
+    ),
+    Mutation(
+        "masa: the correction is not taken back out of the whitened space",
+        "masa",
+        "compress/masa/mathematics.py",
+        "down = torch.linalg.solve_triangular(root, scaled, upper=True)",
+        "down = scaled",
     ),
 )
 

@@ -103,6 +103,31 @@ def bench_section() -> str:
     return "\n".join(lines)
 
 
+def shrink_section() -> str:
+    """What `manyheads shrink` made of real models, a row a result."""
+    rows = []
+    for path in sorted((RESULTS / "shrink").glob("*.json")):
+        record = json.loads(path.read_text())
+        first, *others = record["rows"]
+        for row in others:
+            quality, before = row["quality"], first["quality"]
+            rows.append(
+                [
+                    record["model"].removeprefix("builtin:"),
+                    row["name"],
+                    *(f"{100 * row[k] / first[k]:.0f} %" for k in _SHARES),
+                    f"{quality['name']}: {before['value']:.3f} → {quality['value']:.3f}",
+                ]
+            )
+    if not rows:
+        return "Not measured yet: `python tools/shrink_results.py` writes results/shrink.\n"
+    header = ["model", "method", "parameters", "bytes", "time", "quality"]
+    return "\n".join([*markdown(header, rows, left=2), ""])
+
+
+_SHARES = ("parameters", "weight_bytes", "forward_ms")
+
+
 def claims_section() -> str:
     """Claimed and measured, a row a check."""
     rows = []
@@ -153,6 +178,7 @@ def read(name: str) -> dict[str, Any]:
 SECTIONS = {
     "choose": choose_section,
     "bench": bench_section,
+    "shrink": shrink_section,
     "claims": claims_section,
     "papers": papers_section,
 }

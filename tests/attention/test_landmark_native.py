@@ -59,8 +59,9 @@ def compare(sizes, options, *, seed: int = 0, must_be_clear: bool = False) -> No
 
 
 @pytest.mark.parametrize(("sizes", "options"), STREAMS, ids=str)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_token(sizes, options, threads, used) -> None:
+@pytest.mark.parametrize("threads", [1, 3, 50])
+def test_a_token(sizes, options, threads, used, monkeypatch) -> None:
+    monkeypatch.setattr(landmark_native, "_PRODUCTS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

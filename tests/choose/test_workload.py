@@ -7,14 +7,9 @@ from itertools import pairwise
 
 import pytest
 
+from manyheads.choose.from_options import read_mixers, shapes_of_model, workload_from_options
 from manyheads.choose.options import ChooseOptions
-from manyheads.choose.workload import (
-    EXAMPLE,
-    Workload,
-    read_mixers,
-    shapes_of_model,
-    workload_from_options,
-)
+from manyheads.choose.workload import EXAMPLE, Workload
 from manyheads.registry import get_mechanism, list_mechanisms
 
 

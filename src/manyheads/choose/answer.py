@@ -2,10 +2,10 @@
 
 The rule, stated in every report: a candidate qualifies if its quality is within a tolerance of the
 best at every task that was measured (3 % in bits per byte at equal seconds, ten points of
-accuracy; no quality measured: all qualify). A probe that no candidate learned, which is to be 20
-points above guessing, decides nothing. Of those that qualify the fastest is recommended, by
-the geometric mean over the workload's phases of its time over softmax's. Softmax is kept unless
-the winner's gain is beyond the measured spread.
+accuracy, of images at equal seconds; no quality measured: all qualify). A task in accuracy that no
+candidate learned, which is to be 20 points above guessing, decides nothing. Of those that qualify
+the fastest is recommended, by the geometric mean over the workload's phases of its time over
+softmax's. Softmax is kept unless the winner's gain is beyond the measured spread.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _scores(results: Results, mixer: str) -> dict[str, Any]:
     time, spread, predicted = _relative_time(row, reference, workload)
     quality: dict[str, float] = {}
     for q in results.quality:
-        wanted = q.regime == ("seconds" if q.task == "text" else "tokens")
+        wanted = q.regime == ("tokens" if q.task in workload.probes else "seconds")
         if q.mixer == mixer and wanted and q.value is not None:
             quality[q.task] = q.value
     return {
@@ -122,9 +122,9 @@ def _relative_time(
 
 
 def _unlearned(results: Results) -> dict[str, str]:
-    """Return the probes that no candidate learned, each with a sentence that says so."""
+    """Return the tasks in accuracy that no candidate learned, each with a sentence about it."""
     told = {}
-    for task in results.workload.probes:
+    for task in (t for t in results.workload.tasks if t != "text"):
         rows = [q for q in results.quality if q.task == task]
         best = max((q.value for q in rows if q.value is not None), default=None)
         chance = max((q.chance or 0.0 for q in rows), default=0.0)
@@ -137,25 +137,26 @@ def _unlearned(results: Results) -> dict[str, str]:
 
 
 def _early(results: Results) -> list[str]:
-    """Return a sentence that warns of text judged after few steps."""
+    """Return a sentence that warns of text or images judged after few steps."""
+    task = results.workload.main_task
     steps = [
         q.details["steps"]
         for q in results.quality
-        if q.task == "text" and q.regime == "seconds" and "steps" in q.details
+        if q.task == task and q.regime == "seconds" and "steps" in q.details
     ]
     if not steps or min(steps) >= FEW_STEPS:
         return []
+    was = "were" if task == "images" else "was"
     return [
-        f"text was judged early, after {min(steps):,} training steps at the least: a longer "
+        f"{task} {was} judged early, after {min(steps):,} training steps at the least: a longer "
         "--budget tells more."
     ]
 
 
 def _quality_is_missing(results: Results) -> bool:
     workload = results.workload
-    tasks = ([] if workload.data is None else ["text"]) + list(workload.probes)
     have = {(q.mixer, q.task) for q in results.quality}
-    return any((m, t) not in have for m in workload.candidates for t in tasks)
+    return any((m, t) not in have for m in workload.candidates for t in workload.tasks)
 
 
 def _bar(task: str, timed: dict[str, dict[str, Any]]) -> float:
@@ -207,7 +208,7 @@ def _reasons(
 ) -> tuple[str, ...]:
     """Return two sentences: the cost, then what the choice rests on."""
     workload = results.workload
-    at = f"at length {workload.length:,}"
+    at = f"{'at length' if workload.grid is None else 'on'} {workload.where(workload.length)}"
     others = [m for m in scores if m != best and scores[m]["time"] is not None]
     if best == REFERENCE:
         quicker = [m for m in others if scores[m]["time"] < scores[REFERENCE]["time"]]
@@ -275,7 +276,7 @@ def _losing(
     own = scores[best]
     summary = next((s for s in results.summary if s.mixer == best), None)
     if best != REFERENCE and summary is not None:
-        lines += _crossing(summary)
+        lines += _crossing(summary, "tokens" if results.workload.grid is None else "places")
         for phase in results.workload.does:
             ratio = _ratio(results, best, phase)
             row, reference = results.cost_row(best), results.cost_row(REFERENCE)
@@ -318,10 +319,10 @@ def _losing(
     return lines
 
 
-def _crossing(summary: Summary) -> list[str]:
+def _crossing(summary: Summary, unit: str) -> list[str]:
     name = summary.mixer
     if summary.crossover_kind == "at" and summary.crossover is not None:
-        return [f"Below about {summary.crossover:,.0f} tokens softmax is faster than {name}."]
+        return [f"Below about {summary.crossover:,.0f} {unit} softmax is faster than {name}."]
     if summary.crossover_kind == "never":
-        return [f"Softmax is faster than {name} at every length measured in one pass."]
+        return [f"Softmax is faster than {name} at every size measured in one pass."]
     return []

@@ -25,7 +25,7 @@ class Contest:
     """One task for all mechanisms.
 
     Attributes:
-        task: text, recall, copy or listops.
+        task: text, images, recall, copy or listops.
         metric: bits_per_byte or accuracy.
         build: makes the model of a candidate, from the same seed.
         loss: of training batch ``step``.

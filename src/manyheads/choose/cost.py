@@ -1,7 +1,8 @@
 """One mechanism at one shape, ready to be called: forward, with backward, one more token.
 
 What is called is the mechanism's function on (B, H, N, D) tensors, without projections: they are
-the same for all. Inputs are a function of (seed, length), so one seed gives the same data.
+the same for all. On a map it is the token mixer's module on (B, C, H, W), with its projections.
+Inputs are a function of (seed, length), so one seed gives the same data.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from manyheads.choose.flops import count_flops
+from manyheads.choose.grid import GridSubject
 from manyheads.choose.memory import peak_memory
 from manyheads.choose.timing import forward, forward_backward
 from manyheads.layers.state import map_state, state_bytes, state_tensors
@@ -52,7 +54,11 @@ class TensorPool:
 
 
 def draw_inputs(
-    mechanism: Mechanism, shape: Shape, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    mechanism: Mechanism | GridSubject,
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return the random tensors that the mechanism's function takes, the same for one seed."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + shape.length)
@@ -71,7 +77,7 @@ class Subject:
     """A mechanism at a shape, with inputs of its own.
 
     Args:
-        name: of the mechanism.
+        what: name of a mechanism, or a mixer at the maps of a workload.
         shape: of one layer; its ``is_causal`` is the direction.
         dtype: of the inputs.
         seed: of the inputs.
@@ -80,17 +86,16 @@ class Subject:
 
     def __init__(
         self,
-        name: str,
+        what: str | GridSubject,
         shape: Shape,
         *,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         pool: TensorPool | None = None,
     ) -> None:
-        self.mechanism = get_mechanism(name)
+        self.mechanism = get_mechanism(what) if isinstance(what, str) else what
         self.shape, self.dtype, self.seed = shape, dtype, seed
         self._pool = TensorPool() if pool is None else pool
-        self._fn = bind(self.mechanism, shape.is_causal)
         self._calls: dict[str, Callable[[], Any]] = {}
 
     @cached_property
@@ -107,15 +112,21 @@ class Subject:
             self._calls[what] = makers[what]()
         return self._calls[what]
 
+    def _function(self, training: bool) -> Callable[..., Any]:
+        if isinstance(self.mechanism, GridSubject):
+            module = self.mechanism.build(self.shape, training=training, seed=self.seed)
+            return module.to(self.dtype)
+        return bind(self.mechanism, self.shape.is_causal)
+
     def _forward(self) -> Callable[[], Any]:
-        return forward(self._fn, **self.inputs)
+        return forward(self._function(False), **self.inputs)
 
     def _train(self) -> Callable[[], Any]:
-        return forward_backward(self._fn, **self.inputs)
+        return forward_backward(self._function(True), **self.inputs)
 
     def _decode(self) -> Callable[[], Any]:
         step = self.mechanism.step
-        if step is None:
+        if step is None or isinstance(self.mechanism, GridSubject):
             raise ValueError(f"{self.mechanism.name} has no step")
         state, token = filled_state(self.mechanism, self.shape, dtype=self.dtype, seed=self.seed)
         with torch.no_grad():
@@ -124,7 +135,7 @@ class Subject:
         return forward(step, state, **token)
 
     def peak(self, what: str) -> dict[str, Any]:
-        """Return the exact tensor memory of one call, above the inputs."""
+        """Return the exact tensor memory of one call, above the inputs and a module's weights."""
         memory = peak_memory(self.call(what))
         return {
             "of": what,
@@ -136,16 +147,19 @@ class Subject:
 
     def state_bytes(self) -> int | None:
         """Return the bytes of the state after N tokens, None without a streaming form."""
-        if self.mechanism.update is None or not self.shape.is_causal:
+        mechanism = self.mechanism
+        if isinstance(mechanism, GridSubject) or mechanism.update is None:
             return None
-        state, _ = filled_state(self.mechanism, self.shape, dtype=self.dtype, seed=self.seed)
+        if not self.shape.is_causal:
+            return None
+        state, _ = filled_state(mechanism, self.shape, dtype=self.dtype, seed=self.seed)
         return state_bytes(state)
 
     def counted_flops(self) -> int | None:
         """Return the FLOPs of the forward pass as counted; None where something heavy has no
         formula."""
         with torch.no_grad():
-            count = count_flops(self._fn, strict=False, **self.inputs)
+            count = count_flops(self._function(False), strict=False, **self.inputs)
         return None if count.uncounted else count.total
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from manyheads.choose.results import CostRow, Results
 from manyheads.choose.units import show_bytes, show_seconds
-from manyheads.choose.workload import REFERENCE
+from manyheads.choose.workload import REFERENCE, Workload
 from manyheads.errors import require_extra
 from manyheads.registry import list_mechanisms
 
@@ -79,6 +79,10 @@ def _place(mixer: str, hybrids: Iterable[str]) -> int | None:
     if mixer == REFERENCE:
         return None
     names = [n for n in list_mechanisms() if n != REFERENCE] + sorted(hybrids)
+    if mixer not in names:
+        from manyheads.attention.grid import list_mixers
+
+        names += [n for n in list_mixers() if n not in names and n != REFERENCE]
     return names.index(mixer) if mixer in names else len(names)
 
 
@@ -99,7 +103,7 @@ def _time(results: Results) -> Picture | None:
         phases = [p for p in phases if p != "forward"]
     if not phases:
         return None
-    with _figure(len(phases)) as (figure, axes):
+    with _figure(results, len(phases)) as (figure, axes):
         for axis, phase in zip(axes, phases, strict=True):
             _lines(results, axis, phase)
             axis.set_title(_TITLES[phase])
@@ -134,7 +138,7 @@ def _lines(results: Results, axis: Any, phase: str) -> None:
         high = [getattr(r, f"{phase}_upper") or getattr(r, name) for r in rows]
         axis.fill_between(x, low, high, color=shade, alpha=0.15, lw=0)
         ends.append((x[-1], y[-1], mixer, shade))
-    _log(axis, results.workload.ladder)
+    _log(axis, results.workload)
     if phase != "decode":
         _crossings(results, axis, series, f"{phase}_seconds")
     _labels(axis, ends)
@@ -167,7 +171,7 @@ def _memory(results: Results) -> Picture | None:
     ]  # fmt: skip
     if not panels:
         return None
-    with _figure(len(panels)) as (figure, axes):
+    with _figure(results, len(panels)) as (figure, axes):
         for axis, (field, title) in zip(axes, panels, strict=True):
             ends = []
             for mixer, rows in _series(results, field).items():
@@ -177,7 +181,7 @@ def _memory(results: Results) -> Picture | None:
                 shape = marker(mixer, results.workload.hybrids)
                 axis.plot(x, y, color=shade, marker=shape, ms=4, lw=width)
                 ends.append((x[-1], y[-1], mixer, shade))
-            _log(axis, results.workload.ladder)
+            _log(axis, results.workload)
             _labels(axis, ends)
             axis.set_title(title)
             _format(axis.yaxis, show_bytes)
@@ -186,13 +190,15 @@ def _memory(results: Results) -> Picture | None:
 
 
 def _text(results: Results) -> Picture | None:
-    rows = {q.mixer: q for q in results.quality if q.task == "text" and len(q.curve) > 1}
+    task = "images" if any(q.task == "images" for q in results.quality) else "text"
+    rows = {q.mixer: q for q in results.quality if q.task == task and len(q.curve) > 1}
     if not rows:
         return None
-    with _figure(2, share_y=True) as (figure, axes):
+    unit = "tokens" if task == "text" else "images"
+    with _figure(results, 2, share_y=True) as (figure, axes):
         for axis, place, title in (
-            (axes[0], 0, "Held-out text against training time"),
-            (axes[1], 1, "Held-out text against tokens read"),
+            (axes[0], 0, f"Held-out {task} against training time"),
+            (axes[1], 1, f"Held-out {task} against {unit} read"),
         ):
             ends = []
             for mixer, row in rows.items():
@@ -203,20 +209,25 @@ def _text(results: Results) -> Picture | None:
             axis.set_xscale("log")
             axis.set_title(title)
             _labels(axis, ends)
-        axes[0].set_ylabel("bits per byte (less is better)")
+        axes[0].set_ylabel(
+            "bits per byte (less is better)" if task == "text" else "accuracy (more is better)"
+        )
         axes[0].set_xlabel("seconds of training")
-        axes[1].set_xlabel("tokens")
+        axes[1].set_xlabel(unit)
         _format(axes[0].xaxis, lambda v: f"{v:g} s")
         _format(axes[1].xaxis, lambda v: f"{v / 1000:g}k")
-        alt = "Bits per byte on held-out text against training seconds and tokens, one line each"
+        what = "Bits per byte on held-out text" if task == "text" else "Accuracy on held-out images"
+        alt = f"{what} against training seconds and {unit}, one line each"
         return _render("quality", alt, figure)
 
 
 def _probes(results: Results) -> Picture | None:
-    tasks = list(dict.fromkeys(q.task for q in results.quality if q.task != "text"))
+    tasks = list(
+        dict.fromkeys(q.task for q in results.quality if q.task in results.workload.probes)
+    )
     if not tasks:
         return None
-    with _figure(len(tasks), share_y=True) as (figure, axes):
+    with _figure(results, len(tasks), share_y=True) as (figure, axes):
         for axis, task in zip(axes, tasks, strict=True):
             rows = [q for q in results.quality if q.task == task and q.value is not None]
             sized = all(q.state_bytes for q in rows)
@@ -253,16 +264,16 @@ def _probes(results: Results) -> Picture | None:
 
 
 def _series(results: Results, field: str) -> dict[str, list[CostRow]]:
-    """Return the rows that have this figure, by mixer, ascending in length."""
+    """Return the rows that have this figure, by mixer, ascending in length; 0 has no logarithm."""
     found: dict[str, list[CostRow]] = {}
     for row in sorted(results.cost, key=lambda r: r.length):
-        if getattr(row, field) is not None:
+        if getattr(row, field):
             found.setdefault(row.mixer, []).append(row)
     return found
 
 
 @contextmanager
-def _figure(panels: int, *, share_y: bool = False) -> Any:
+def _figure(results: Results, panels: int, *, share_y: bool = False) -> Any:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -270,17 +281,21 @@ def _figure(panels: int, *, share_y: bool = False) -> Any:
     from matplotlib.figure import Figure
 
     with rc_context(_STYLE | {"svg.hashsalt": "manyheads"}):
-        figure = Figure(figsize=(6.0 * panels, 4.4))
+        height = max(4.4, 1.4 + 0.2 * len(results.workload.candidates))  # a line for each name
+        figure = Figure(figsize=(6.0 * panels, height))
         axes = figure.subplots(1, panels, squeeze=False, sharey=share_y)[0]
         yield figure, list(axes)
 
 
-def _log(axis: Any, lengths: tuple[int, ...]) -> None:
+def _log(axis: Any, workload: Workload) -> None:
+    lengths = workload.ladder
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(list(lengths), labels=[_short(n) for n in lengths])
+    on_maps = workload.grid is not None
+    labels = [workload.where(n).replace(" ", "") if on_maps else _short(n) for n in lengths]
+    axis.set_xticks(list(lengths), labels=labels)
     axis.minorticks_off()
-    axis.set_xlabel("length N (tokens)")
+    axis.set_xlabel("map (rows x columns)" if on_maps else "length N (tokens)")
 
 
 def _short(n: int) -> str:

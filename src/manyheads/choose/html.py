@@ -50,7 +50,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 def page(results: Results, pictures: Iterable[Picture]) -> str:
     """Return the page as text: the answer first, then what it rests on."""
     parts = [
-        "<h1>Which attention?</h1>",
+        f"<h1>{_title(results)}</h1>",
         f'<p class="quiet">{escape(describe(results.workload))}</p>',
         _answer(results),
         "<h2>Costs</h2>",
@@ -64,9 +64,13 @@ def page(results: Results, pictures: Iterable[Picture]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Which attention? {escape(describe(results.workload))}</title>\n"
+        f"<title>{_title(results)} {escape(describe(results.workload))}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _title(results: Results) -> str:
+    return "Which attention?" if results.workload.grid is None else "Which token mixer?"
 
 
 def _answer(results: Results) -> str:
@@ -147,7 +151,10 @@ def _protocol(results: Results) -> str:
     ]
     if results.data is not None:
         data = results.data
-        facts.append(f"text: {data['name']}, {data['description']}, SHA-256 {data['sha256'][:16]}")
+        kind = "text" if results.workload.grid is None else "images"
+        facts.append(
+            f"{kind}: {data['name']}, {data['description']}, SHA-256 {data['sha256'][:16]}"
+        )
     return f"<h2>Machine and protocol</h2>{_list(facts)}"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from manyheads.choose.cost import Subject, TensorPool
+from manyheads.choose.grid import GridSubject
 from manyheads.choose.machine import available_memory, matmul_rate
 from manyheads.choose.predict import (
     can_hold,
@@ -25,7 +26,6 @@ from manyheads.choose.results import Progress, Results, Unit
 from manyheads.choose.rows import cost_rows, known, measures, summaries, unit_key
 from manyheads.choose.timing import MIN_SAMPLES, interleaved
 from manyheads.choose.units import show_bytes, show_seconds
-from manyheads.registry import get_mechanism
 
 __all__ = ["measure_cost"]
 
@@ -90,7 +90,7 @@ class _Stage:
 
     def _call_seconds(self, what: str, name: str, length: int) -> float:
         times = known(self.results, what, name)
-        mechanism, shape = get_mechanism(name), self.workload.shape(length)
+        mechanism, shape = self.workload.subject(name), self.workload.shape(length)
         if not times and what == "train" and (forward := known(self.results, "forward", name)):
             return 3.5 * predict_seconds("forward", mechanism, shape, forward, rate=self.rate)
         return predict_seconds(what, mechanism, shape, times, rate=self.rate)
@@ -170,7 +170,7 @@ class _Stage:
 
     def _need(self, what: str, name: str, length: int) -> int:
         w = self.workload
-        mechanism, shape = get_mechanism(name), w.shape(length)
+        mechanism, shape = w.subject(name), w.shape(length)
         call = self.peak_of if what == "memory" else what
         peaks = known(self.results, "memory", name, "peak_bytes") if call == self.peak_of else {}
         if call == "forward" and self.peak_of == "train":
@@ -184,8 +184,9 @@ class _Stage:
     def _subject(self, name: str, length: int) -> Subject:
         if name not in self._subjects:
             w = self.workload
+            what = name if w.grid is None else GridSubject(name, w.grid)
             self._subjects[name] = Subject(
-                name, w.shape(length), dtype=w.torch_dtype, seed=w.seed, pool=self._pool
+                what, w.shape(length), dtype=w.torch_dtype, seed=w.seed, pool=self._pool
             )
         return self._subjects[name]
 
@@ -205,7 +206,7 @@ class _Stage:
 
     def _measure_memory(self, name: str, length: int) -> None:
         self._foresee()
-        self._show(f"{name}: memory at {length:,}", 0.0)
+        self._show(f"{name}: memory at {self.workload.where(length)}", 0.0)
         begin = time.perf_counter()
         try:
             subject = self._subject(name, length)
@@ -227,7 +228,7 @@ class _Stage:
         )
 
     def _measure_times(self, what: str, length: int, names: list[str]) -> None:
-        text = f"{_WORDS[what]} at {length:,}"
+        text = f"{_WORDS[what]} at {self.workload.where(length)}"
         self._foresee()
         self._show(text, 0.0)
         begin, self._setup = time.perf_counter() - self._setup, 0.0
@@ -280,7 +281,7 @@ class _Stage:
         cause: Literal["time", "memory"],
     ) -> None:
         w = self.workload
-        mechanism, shape = get_mechanism(name), w.shape(length)
+        mechanism, shape = w.subject(name), w.shape(length)
         if what == "memory":
             peaks = known(self.results, "memory", name, "peak_bytes")
             figures: dict[str, Any] = {

@@ -15,9 +15,11 @@ class ChooseOptions(Config):
     example is run: length 4096, 8 heads of 64, causal, training and decoding, on builtin:python.
 
     Attributes:
+        grid: rows x columns of a map, "56x56": compare token mixers on it instead of sequences
+        dim: channels of the map (default: 96)
         length: number of tokens the answer is for (default: 4096, or the model's)
         lengths: lengths to measure at (default: a ladder of doublings up to --length)
-        heads: query heads (default: 8)
+        heads: query heads (default: 8; with --grid one for 32 channels)
         kv_heads: key-value heads, a divisor of --heads (default: as many)
         head_dim: width of a head (default: 64)
         causal: whether a token sees only earlier ones (default: it does)
@@ -26,8 +28,10 @@ class ChooseOptions(Config):
         batch: sequences at once (default: 1)
         dtype: float32, bfloat16, float16 or float64 (default: float32)
         mixers: mechanisms to compare, "softmax,gla"; with a count it is one hybrid of layers,
-          "gla*3,softmax"; several by ";" or by giving the flag again (default: all that fit)
-        data: text for the quality side: a file, a folder, builtin:python or builtin:kjv
+          "gla*3,softmax"; several by ";" or by giving the flag again (default: all that fit);
+          with --grid token mixers, "pool,attention,flow"
+        data: text for the quality side: a file, a folder, builtin:python or builtin:kjv; with
+          --grid labelled images: a folder, builtin:digits or builtin:emoji
         probes: small tasks for the quality side: recall, copy, listops
         layers: layers of the small models of the quality side (default: 2)
         model: folder with a transformers config.json to take the shapes from
@@ -39,6 +43,8 @@ class ChooseOptions(Config):
         fresh: start anew instead of resuming
     """
 
+    grid: str | None = None
+    dim: int | None = None
     length: int | None = None
     lengths: tuple[int, ...] = ()
     heads: int | None = None
@@ -64,7 +70,7 @@ class ChooseOptions(Config):
     def describes_workload(self) -> bool:
         """Whether any flag says what the workload is."""
         names = (
-            "length", "lengths", "heads", "kv_heads", "head_dim", "causal", "phases", "batch",
-            "dtype", "data", "probes", "model",
+            "grid", "dim", "length", "lengths", "heads", "kv_heads", "head_dim", "causal", "phases",
+            "batch", "dtype", "data", "probes", "model",
         )  # fmt: skip
         return any(getattr(self, name) not in (None, ()) for name in names)

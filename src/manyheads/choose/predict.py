@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import torch
 
-from manyheads.registry import Mechanism, Shape, get_mechanism
+from manyheads.choose.grid import GridSubject
+from manyheads.registry import Mechanism, Shape
 
 __all__ = [
     "can_hold",
@@ -40,7 +41,7 @@ _RESERVE = 512 << 20
 _MARGIN = 1.5
 
 
-def work(what: str, mechanism: Mechanism, shape: Shape) -> float:
+def work(what: str, mechanism: Mechanism | GridSubject, shape: Shape) -> float:
     """Return a number that the time of forward, train or decode grows in proportion to."""
     if what == "decode":
         return float(max(mechanism.state_numbers(shape), 1))
@@ -75,7 +76,7 @@ def extrapolate(
 
 def predict_seconds(
     what: str,
-    mechanism: Mechanism,
+    mechanism: Mechanism | GridSubject,
     shape: Shape,
     known: Mapping[int, float],
     *,
@@ -96,22 +97,20 @@ def predict_seconds(
     return _CALL_SECONDS + work(what, mechanism, shape) / (rate * _SHARE)
 
 
-def input_bytes(mechanism: Mechanism, shape: Shape, element_bytes: int = 4) -> int:
-    """Return the bytes of the function's inputs, without making them."""
-    return _input_bytes(mechanism.name, shape, element_bytes)
-
-
 @lru_cache(maxsize=4096)
-def _input_bytes(name: str, shape: Shape, element_bytes: int) -> int:
+def input_bytes(mechanism: Mechanism | GridSubject, shape: Shape, element_bytes: int = 4) -> int:
+    """Return the bytes of the function's inputs, without making them."""
     with torch.device("meta"):
-        inputs = get_mechanism(name).inputs(shape, None)
+        inputs = mechanism.inputs(shape, None)
     return sum(
         t.numel() * (element_bytes if t.is_floating_point() else t.element_size())
         for t in inputs.values()
     )
 
 
-def closed_peak_bytes(what: str, mechanism: Mechanism, shape: Shape, element_bytes: int = 4) -> int:
+def closed_peak_bytes(
+    what: str, mechanism: Mechanism | GridSubject, shape: Shape, element_bytes: int = 4
+) -> int:
     """Return the closed form of the peak above the inputs; the inside is float32 at least.
 
     Of training it is the least: gradients of the inputs, and half of what the forward pass held
@@ -125,7 +124,7 @@ def closed_peak_bytes(what: str, mechanism: Mechanism, shape: Shape, element_byt
 
 def predict_peak_bytes(
     what: str,
-    mechanism: Mechanism,
+    mechanism: Mechanism | GridSubject,
     shape: Shape,
     known: Mapping[int, int],
     element_bytes: int = 4,
@@ -144,7 +143,9 @@ def predict_peak_bytes(
     return int(_UNKNOWN_PEAK * closed(shape.length) if guess is None else guess)
 
 
-def state_bytes_closed(mechanism: Mechanism, shape: Shape, element_bytes: int = 4) -> int:
+def state_bytes_closed(
+    mechanism: Mechanism | GridSubject, shape: Shape, element_bytes: int = 4
+) -> int:
     """Return the closed form of the state's bytes; states of constant size are float32 at least."""
     wide = max(element_bytes, 4) if mechanism.constant_state else element_bytes
     return mechanism.state_numbers(shape) * wide
@@ -152,7 +153,7 @@ def state_bytes_closed(mechanism: Mechanism, shape: Shape, element_bytes: int = 
 
 def need_bytes(
     what: str,
-    mechanism: Mechanism,
+    mechanism: Mechanism | GridSubject,
     shape: Shape,
     known: Mapping[int, int] | None,
     element_bytes: int = 4,

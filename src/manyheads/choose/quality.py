@@ -1,4 +1,4 @@
-"""The quality side: one small model for each mechanism, on text and on small tasks.
+"""The quality side: one small model for each mechanism, on text, images and small tasks.
 
 B batch, N window length, V vocabulary.
 """
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.choose.contest import EMBED_DIM, NUM_HEADS, Contest, model_layers, small_lm
+from manyheads.choose.image_contest import image_contest
 from manyheads.choose.probes import build_probe
 from manyheads.choose.race import Entrant, Figure, Race, common_point
 from manyheads.choose.results import Progress, QualityRow, Results, Unit
-from manyheads.data import HeldOutWindows, TokenBatches, split_text
+from manyheads.data import HeldOutWindows, TextSource, TokenBatches, split_text
 from manyheads.layers.state import state_bytes
 from manyheads.models.language.mixer_lm import MixerLM
 
@@ -43,7 +44,7 @@ def measure_quality(results: Results, *, seconds: float, progress: Progress) -> 
         KeyboardInterrupt: unfinished models are kept beside the results, if they have a folder.
     """
     workload = results.workload
-    tasks = (["text"] if results.source is not None else []) + list(workload.probes)
+    tasks = list(workload.tasks)
     if not tasks:
         return
     weights = dict.fromkeys(tasks, 1.0)
@@ -62,7 +63,10 @@ def measure_quality(results: Results, *, seconds: float, progress: Progress) -> 
                  task: str = task) -> None:  # fmt: skip
             progress(min(done + part * inner, 1.0), f"{task}: {text}")
 
-        contest = text_contest(results) if task == "text" else build_probe(task, workload)
+        if task == "images":
+            contest = image_contest(results)
+        else:
+            contest = text_contest(results) if task == "text" else build_probe(task, workload)
         _run(results, contest, seconds=max(share, 1.0), progress=tell)
     progress(1.0, "quality")
 
@@ -112,7 +116,7 @@ def _key(task: str, mixer: str) -> str:
 
 
 def _rows(contest: Contest, entrant: Entrant, shared: int | None) -> list[QualityRow]:
-    """Return the row at equal tokens, and for text also the one at equal seconds."""
+    """Return the row at equal tokens, and for text and images also the one at equal seconds."""
     model = entrant.model
     common: dict[str, Any] = {
         "mixer": entrant.name,
@@ -125,7 +129,7 @@ def _rows(contest: Contest, entrant: Entrant, shared: int | None) -> list[Qualit
         "details": contest.details | {"steps": entrant.step},
     }
     places = {"tokens": next((p for p in entrant.curve if p.step == shared), None)}
-    if contest.task == "text":
+    if contest.task in ("text", "images"):
         places["seconds"] = entrant.curve[-1]
     return [
         QualityRow(
@@ -152,7 +156,7 @@ def _state_bytes(model: nn.Module, length: int) -> int | None:
 def text_contest(results: Results) -> Contest:
     """Next-byte prediction on the workload's text, in bits per held-out byte."""
     workload = results.workload
-    assert results.source is not None
+    assert isinstance(results.source, TextSource)
     split = split_text(results.source)
     length = min(workload.length, _WINDOW, len(split.valid) - 1)
     batch_size = max(_TOKENS_A_STEP // length, 1)

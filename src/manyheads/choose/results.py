@@ -33,6 +33,7 @@ from manyheads.config import Config
 
 if TYPE_CHECKING:
     from manyheads.data import TextSource
+    from manyheads.data.images import ImageData
 
 __all__ = [
     "FILE_NAME",
@@ -146,7 +147,7 @@ class QualityRow(Config):
 
     Attributes:
         mixer: mechanism or hybrid.
-        task: text, recall, copy or listops.
+        task: text, images, recall, copy or listops.
         regime: what was equal for all: seconds of training, or tokens.
         metric: bits_per_byte (less is better) or accuracy (0 to 1).
         value: at the end, on held-out data.
@@ -205,7 +206,7 @@ class Results:
         folder: where results.json is kept, None: nowhere.
         key: hash of the workload, the data, the library and the machine; equal keys resume.
         machine: facts and the measured matrix-product rate, ``machine["matmul_flops"]``.
-        data: name, sha256, bytes and description of the text, or None.
+        data: name, sha256 and description of the text (and its bytes) or images, or None.
         units: by key, in the order they were done.
         cost, summary, quality: rows.
         answer: None until decided.
@@ -214,12 +215,15 @@ class Results:
     """
 
     def __init__(
-        self, workload: Workload, machine: dict[str, Any], source: TextSource | None = None
+        self,
+        workload: Workload,
+        machine: dict[str, Any],
+        source: TextSource | ImageData | None = None,
     ) -> None:
         self.workload = workload
         self.machine = dict(machine)
         self.source = source
-        self.data = None if source is None else _data_facts(source)
+        self.data = None if source is None else _data_facts(source, workload)
         self.key = _key(workload, self.machine, self.data)
         self.folder: Path | None = None
         self.units: dict[str, Unit] = {}
@@ -408,7 +412,17 @@ def _load_or_none(path: Path) -> Results | None:
         return None
 
 
-def _data_facts(source: TextSource) -> dict[str, Any]:
+def _data_facts(source: TextSource | ImageData, workload: Workload) -> dict[str, Any]:
+    from manyheads.data import TextSource
+
+    if not isinstance(source, TextSource):
+        given = workload.data or ""
+        return {
+            "name": given if given.startswith("builtin:") else source.name,
+            "sha256": source.sha256,
+            "description": f"{source.name}, {len(source.train):,} training and "
+            f"{len(source.test):,} held-out images, {len(source.class_names)} classes",
+        }
     name = source.name if source.name.startswith("builtin:") else Path(source.name).name
     return {
         "name": name,

@@ -14,7 +14,6 @@ from manyheads.choose.predict import (
 )
 from manyheads.choose.results import CostRow, Results, Summary
 from manyheads.choose.workload import REFERENCE
-from manyheads.registry import get_mechanism
 
 __all__ = ["cost_rows", "known", "measures", "summaries", "unit_key"]
 
@@ -61,7 +60,8 @@ def cost_rows(results: Results) -> list[CostRow]:
 
 
 def _row(results: Results, name: str, length: int) -> CostRow:
-    w, mechanism = results.workload, get_mechanism(name)
+    w = results.workload
+    mechanism = w.subject(name)
     shape = w.shape(length)
     values: dict[str, Any] = {"flops": mechanism.flops(shape)}
     predicted: list[str] = []

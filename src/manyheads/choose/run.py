@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from manyheads.choose.cost import bind, draw_inputs
+from manyheads.choose.grid import GridSubject
 from manyheads.choose.machine import (
     available_memory,
     machine_facts,
@@ -21,7 +22,7 @@ from manyheads.choose.report import Report
 from manyheads.choose.results import Progress, Results
 from manyheads.choose.units import show_bytes
 from manyheads.choose.workload import REFERENCE, Workload
-from manyheads.data import split_text
+from manyheads.data import TextSource, split_text
 from manyheads.models.language.pattern import parse_pattern
 from manyheads.registry import Shape, get_mechanism
 
@@ -31,6 +32,7 @@ __all__ = ["check_folder", "choose", "default_threads", "measure", "prepare"]
 _COST_SHARE = 0.3
 _LEAST_TEXT = 4096
 _LEAST_QUALITY = 0.2
+_SMALL_SIDE = 8
 
 
 def choose(
@@ -101,7 +103,7 @@ def prepare(workload: Workload) -> Results:
             memory holds.
     """
     source = workload.load_data()
-    if source is not None:
+    if isinstance(source, TextSource):
         split_text(source, min_bytes=_LEAST_TEXT)
     workload, notes = _admitted(workload)
     for length in reversed(workload.ladder):
@@ -163,7 +165,10 @@ def _admitted(workload: Workload) -> tuple[Workload, list[str]]:
             refused[name] = reason
     if not refused:
         return workload, []
-    named = {n for m in workload.mixers for n in parse_pattern(m)}
+    if workload.grid is None:
+        named = {n for m in workload.mixers for n in parse_pattern(m)}
+    else:
+        named = set(workload.mixers)
     for name in refused:
         if name in named or name == REFERENCE:
             raise ValueError(f"{name}: {refused[name]}; drop it from --mixers or change the shapes")
@@ -173,6 +178,8 @@ def _admitted(workload: Workload) -> tuple[Workload, list[str]]:
 
 
 def _refusal(workload: Workload, name: str) -> str | None:
+    if workload.grid is not None:
+        return _refuses_maps(workload, name, workload.grid)
     mechanism = get_mechanism(name)
     if "decode" in workload.does and (mechanism.step is None or mechanism.update is None):
         return "it has no form that decodes token by token"
@@ -191,6 +198,19 @@ def _refusal(workload: Workload, name: str) -> str | None:
     return None
 
 
+def _refuses_maps(workload: Workload, name: str, grid: tuple[int, int]) -> str | None:
+    """Try a small map, because the workload's may be more than the memory holds."""
+    rows, columns = (min(side, _SMALL_SIDE) for side in grid)
+    subject, shape = GridSubject(name, (rows, columns)), workload.shape(rows * columns)
+    try:
+        inputs = draw_inputs(subject, shape, dtype=workload.torch_dtype)
+        with torch.no_grad():
+            subject.build(shape, training=False).to(workload.torch_dtype)(**inputs)
+    except (ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def _check_memory(workload: Workload, length: int) -> None:
     available = available_memory()
     for phase in workload.does:
@@ -202,10 +222,17 @@ def _check_memory(workload: Workload, length: int) -> None:
                 length,
             )
             raise ValueError(
-                f"length {length} needs at least {show_bytes(need)} of memory for phase {phase} "
-                f"with any mechanism, {show_bytes(available)} are available: the largest length "
-                f"that fits is {_round_down(most)}"
+                f"{_plain(workload, length)} needs at least {show_bytes(need)} of memory for "
+                f"phase {phase} with any mechanism, {show_bytes(available)} are available: the "
+                f"largest {_plain(workload, _round_down(most), 'that fits is ')}"
             )
+
+
+def _plain(workload: Workload, length: int, verb: str = "") -> str:
+    """Return "length [that fits is ]4096", or "map [that fits is ]56 x 56"."""
+    if workload.grid is None:
+        return f"length {verb}{length}"
+    return f"map {verb}{workload.where(length)}"
 
 
 def _least_need(workload: Workload, what: str, length: int, available: int) -> int:
@@ -213,7 +240,7 @@ def _least_need(workload: Workload, what: str, length: int, available: int) -> i
     shape, size = workload.shape(length), workload.element_bytes
     needs = []
     for name in workload.mechanisms:
-        mechanism = get_mechanism(name)
+        mechanism = workload.subject(name)
         inputs = 0 if what == "decode" else input_bytes(mechanism, shape, size)
         fits = can_hold(inputs, available)
         needs.append(need_bytes(what, mechanism, shape, None, size) if fits else inputs)

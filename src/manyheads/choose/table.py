@@ -54,7 +54,8 @@ def headline(results: Results) -> str:
     w, m = results.workload, results.machine
     lines = [f"workload  {describe(w)}"]
     if results.data is not None:
-        lines.append(f"text      {results.data['name']}: {results.data['description']}")
+        name = "text" if w.grid is None else "images"
+        lines.append(f"{name:<9} {results.data['name']}: {results.data['description']}")
     lines.append(
         f"machine   {m['cpu']}, {m['threads']} threads, torch {m['torch']}, matrix products "
         f"{show_rate(m.get('matmul_flops'))} ({w.dtype})"
@@ -76,6 +77,10 @@ def protocol(results: Results) -> list[str]:
 def describe(workload: Workload) -> str:
     """Return a workload in one line."""
     w = workload
+    if w.grid is not None:
+        rows, columns = w.grid
+        sizes = [f"map {rows} x {columns}", f"{w.dim} channels ({w.heads} heads)"]
+        return ", ".join([*sizes, " + ".join(w.does), f"batch {w.batch}", w.dtype])
     heads = f"{w.heads} heads" + (f" ({w.kv_heads} key-value)" if w.kv_heads else "")
     parts = [
         f"length {w.length:,}",
@@ -105,9 +110,11 @@ def _quality_note(results: Results) -> str:
     counts = [r.parameters for r in results.quality]
     least, most = show_count(min(counts)), show_count(max(counts))
     size = least if least == most else f"{least} to {most}"
+    same = f"small models of {size} parameters that differ in their mixers alone; "
+    if results.workload.grid is not None:
+        return _wrap(same + "accuracy on held-out images (more is better)")
     return _wrap(
-        f"small models of {size} parameters that differ in their mixers alone; bits per held-out "
-        "byte (less is better), accuracy of the probes (more is better)"
+        same + "bits per held-out byte (less is better), accuracy of the probes (more is better)"
     )
 
 
@@ -139,7 +146,9 @@ def cost_cells(results: Results, *, quality: bool = True) -> tuple[list[str], li
         (title, lambda r, cells=cells: cells.get(r.mixer, "-"))  # type: ignore[misc]
         for title, cells in (_quality_columns(results.quality) if quality else ())
     ]
-    notes = [f"one layer without its projections at length {w.length:,}; state per layer"]
+    notes = [f"one layer without its projections at length {w.where(w.length)}; state per layer"]
+    if w.grid is not None:
+        notes = [f"one mixer with its projections on {w.where(w.length)}; N: places of the map"]
     if any(r.predicted for r in rows):
         notes.append("~ predicted, not measured")
     notes.append("± half the distance of the quartiles; rate: of this machine's matrix products")
@@ -151,10 +160,13 @@ def length_table(results: Results) -> str:
     """Return the main time of every candidate at every length."""
     w = results.workload
     what = "train" if "train" in w.does else "forward"
+    name = "forward and backward" if what == "train" else "forward"
     mixers = list(dict.fromkeys(r.mixer for r in results.cost))
     cells = {(r.mixer, r.length): _time(r, what, spread=False) for r in results.cost}
-    rows = [[f"{n:,}", *(cells.get((m, n), "-") for m in mixers)] for n in w.ladder]
-    name = "forward and backward" if what == "train" else "forward"
+    if w.grid is not None:  # few maps, many mixers
+        rows = [[m, *(cells.get((m, n), "-") for n in w.ladder)] for m in mixers]
+        return f"{name} by map\n" + text_table(["mixer", *map(w.where, w.ladder)], rows)
+    rows = [[w.where(n), *(cells.get((m, n), "-") for m in mixers)] for n in w.ladder]
     return f"{name} by length\n" + text_table(["length", *mixers], rows, left=0)
 
 
@@ -197,14 +209,16 @@ def gaps(results: Results) -> list[str]:
             kind, what, _, *rest = unit.key.split("/")
             name = _WORDS.get(what, what)
             places.setdefault(name if kind == "cost" else f"quality, {name}", []).extend(rest)
-        what = "; ".join(_at(name, lengths) for name, lengths in sorted(places.items()))
+        what = "; ".join(
+            _at(name, lengths, results.workload) for name, lengths in sorted(places.items())
+        )
         last = f"{units[-1].reason}" if len(units) == 1 else f"the last: {units[-1].reason}"
         mixers.setdefault(f"{what} ({last})", []).append(mixer)
     return [f"{', '.join(names)}, {text}" for text, names in mixers.items()]
 
 
-def _at(name: str, lengths: list[str]) -> str:
-    shown = [f"{int(n):,}" if n.isdigit() else n for n in lengths]
+def _at(name: str, lengths: list[str], w: Workload) -> str:
+    shown = [w.where(int(n)) if n.isdigit() else n for n in lengths]
     if len(shown) > 2:
         shown = [f"{shown[0]} to {shown[-1]}"]
     return f"{name} at {' and '.join(shown)}" if shown else name
@@ -262,11 +276,15 @@ def _crossing(summary: Summary | None) -> str:
 
 def _quality_columns(rows: list[QualityRow]) -> list[tuple[str, dict[str, str]]]:
     columns: dict[str, dict[str, str]] = {}
-    # Text first, at equal seconds before equal tokens; then the probes as they came.
-    for row in sorted(rows, key=lambda r: (r.task != "text", r.regime != "seconds")):
+    # Text or images first, at equal seconds before equal tokens; then the probes as they came.
+    main = ("text", "images")
+    for row in sorted(rows, key=lambda r: (r.task not in main, r.regime != "seconds")):
         if row.task == "text":
             title = f"bits/byte, equal {'time' if row.regime == 'seconds' else row.regime}"
             text = "-" if row.value is None else f"{row.value:.3f}"
+        elif row.task == "images":
+            title = f"images, equal {'time' if row.regime == 'seconds' else 'steps'}"
+            text = "-" if row.value is None else f"{100 * row.value:.1f}%"
         else:
             title, text = row.task, "-" if row.value is None else f"{100 * row.value:.0f}%"
         columns.setdefault(title, {})[row.mixer] = text

@@ -31,11 +31,11 @@ def run(options: ChooseOptions) -> int:
     """
     for module in ("rich", "matplotlib"):
         require_extra(module, "choose", "manyheads choose")
+    from manyheads.choose.from_options import workload_from_options
     from manyheads.choose.machine import set_threads
     from manyheads.choose.report import Report
     from manyheads.choose.run import check_folder, default_threads, measure, prepare
     from manyheads.choose.table import describe
-    from manyheads.choose.workload import workload_from_options
 
     workload = workload_from_options(options)
     with set_threads(workload.threads or default_threads()):
@@ -66,7 +66,9 @@ def run(options: ChooseOptions) -> int:
             f"the same command goes on from there:\n  {_command()}"
         )
         return 130
-    if not results.workload.has_quality and results.workload.causal:
+    if not results.workload.has_quality and results.workload.grid is not None:
+        _say("costs only: add --data builtin:digits (or your images) to compare accuracy too")
+    elif not results.workload.has_quality and results.workload.causal:
         _say("costs only: add --data builtin:python (or your text) to compare quality too")
     return 0
 

@@ -5,13 +5,11 @@ B batch, H heads, N length, D head dim.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from manyheads.choose.options import ChooseOptions
+from manyheads.attention.grid import get_mixer, list_mixers
+from manyheads.choose.grid import GridSubject, ladder_of, map_of
 from manyheads.config import Config
 from manyheads.errors import unknown_name
 from manyheads.registry import Mechanism, Shape, get_mechanism, list_mechanisms
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from manyheads.data import TextSource
+    from manyheads.data.images import ImageData
 
 __all__ = [
     "DTYPES",
@@ -28,9 +27,6 @@ __all__ = [
     "PROBES",
     "REFERENCE",
     "Workload",
-    "read_mixers",
-    "shapes_of_model",
-    "workload_from_options",
 ]
 
 REFERENCE = "softmax"
@@ -49,6 +45,9 @@ class Workload(Config):
     """What `choose` measures for.
 
     Attributes:
+        grid: rows and columns of a map (B, C, H, W) with C = ``heads`` · ``head_dim`` channels;
+            token mixers are compared on it, and mechanisms on the flattened map. ``length`` is
+            then H · W, and nothing is causal. None: sequences.
         length: N, tokens in a sequence; the answer is for this length.
         lengths: lengths to measure at; empty for a ladder of doublings up to ``length``. Where
             all are long, 512 is added, from which the costs of the others are foreseen.
@@ -58,8 +57,9 @@ class Workload(Config):
         phases: any of train (forward and backward), prefill (forward over the whole sequence)
             and decode (token by token, causal only); empty: train, and decode if causal.
         mixers: mechanism names, and hybrids of layers as "gla*3,softmax"; empty: every
-            registered mechanism that fits.
-        data: text for the quality side as `load_text` takes it; None: no text.
+            registered mechanism that fits, or every token mixer on a map.
+        data: text for the quality side as `load_text` takes it, on a map labelled images as
+            `load_images` takes them; None: costs alone.
         probes: small tasks for the quality side: recall, copy, listops.
         layers: layers of the small models of the quality side.
         model_layers: layers of the model that the workload is about, to total its states; None:
@@ -72,6 +72,7 @@ class Workload(Config):
         ValueError: a value out of range, an unknown name, kv_heads that do not divide heads.
     """
 
+    grid: tuple[int, int] | None = None
     length: int = 4096
     lengths: tuple[int, ...] = ()
     heads: int = 8
@@ -91,6 +92,8 @@ class Workload(Config):
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.grid is not None:
+            self._check_grid(self.grid)
         for name in ("length", "heads", "head_dim", "batch", "layers"):
             _check_positive(name, getattr(self, name))
         for name in ("kv_heads", "model_layers", "threads"):
@@ -119,12 +122,30 @@ class Workload(Config):
         if not self.causal:
             self._check_bidirectional()
         for mixer in self.mixers:
-            self._check_mixer(mixer)
+            if self.grid is None:
+                self._check_mixer(mixer)
+            else:
+                get_mixer(mixer)
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        if len(grid) != 2:
+            raise ValueError(f"grid {grid} must be rows and columns, such as (56, 56)")
+        for name, side in zip(("rows", "columns"), grid, strict=True):
+            _check_positive(f"grid {grid[0]}x{grid[1]}: {name}", side)
+        for name, empty in (("lengths", ()), ("kv_heads", None), ("model_layers", None)):
+            if getattr(self, name) != empty:
+                raise ValueError(f"{name} are of sequences: drop them, or drop grid")
+        # Said once, by the grid; everything else reads the length and the direction.
+        object.__setattr__(self, "length", grid[0] * grid[1])
+        object.__setattr__(self, "causal", False)
 
     def _check_bidirectional(self) -> None:
         if "decode" in self.phases:
-            raise ValueError("phase decode is causal: drop it, or drop --no-causal")
-        if self.data is not None or self.probes:
+            flag = "--no-causal" if self.grid is None else "--grid"
+            raise ValueError(f"phase decode is causal: drop it, or drop {flag}")
+        if self.grid is not None and self.probes:
+            raise ValueError("probes train causal language models: drop them, or drop --grid")
+        if self.grid is None and (self.data is not None or self.probes):
             raise ValueError(
                 "data and probes train causal language models: drop them, or drop --no-causal"
             )
@@ -157,6 +178,8 @@ class Workload(Config):
     @property
     def ladder(self) -> tuple[int, ...]:
         """The lengths to measure at, ascending; ``length`` is among them, and a short one."""
+        if self.grid is not None:
+            return tuple(rows * columns for rows, columns in ladder_of(self.grid))
         if self.lengths:
             rungs = {*self.lengths, self.length}
             return tuple(sorted(rungs if min(rungs) <= 2 * _PILOT else {*rungs, _PILOT}))
@@ -171,11 +194,40 @@ class Workload(Config):
         return self.data is not None or bool(self.probes)
 
     @property
+    def dim(self) -> int:
+        """C, channels of a layer."""
+        return self.heads * self.head_dim
+
+    @property
+    def main_task(self) -> str | None:
+        """The task that ``data`` sets: text, or on a map images."""
+        if self.data is None:
+            return None
+        return "text" if self.grid is None else "images"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What small models are trained at."""
+        return (*([] if self.main_task is None else [self.main_task]), *self.probes)
+
+    def where(self, length: int) -> str:
+        """Return a length as people read it: "4,096", or the map "56 x 56"."""
+        if self.grid is None:
+            return f"{length:,}"
+        return "{} x {}".format(*map_of(self.grid, length))
+
+    def subject(self, name: str) -> Mechanism | GridSubject:
+        """Return the record of what is measured under a name."""
+        return get_mechanism(name) if self.grid is None else GridSubject(name, self.grid)
+
+    @property
     def mechanisms(self) -> tuple[str, ...]:
         """Names of all mechanisms to measure: those asked for and the parts of hybrids, or every
         one whose facts fit the workload."""
         from manyheads.models.language.pattern import parse_pattern
 
+        if self.grid is not None:
+            return self.candidates if self.mixers else tuple(list_mixers())
         if self.mixers:
             return tuple(dict.fromkeys(n for m in self.candidates for n in parse_pattern(m)))
         return tuple(n for n in list_mechanisms() if self._fits(get_mechanism(n)))
@@ -221,125 +273,21 @@ class Workload(Config):
         """Bytes of a number of the dtype."""
         return self.torch_dtype.itemsize
 
-    def load_data(self) -> TextSource | None:
-        """Return the text (its first 16 MiB), or None where the workload has none.
+    def load_data(self) -> TextSource | ImageData | None:
+        """Return the text (its first 16 MiB) or the images, or None where the workload has none.
 
         Raises:
-            ValueError: no such file, an empty or a binary one, no UTF-8.
-            MissingExtraError: the package of a built-in text is not installed.
+            ValueError: no such file, an empty or a binary one, no UTF-8; no such images.
+            MissingExtraError: the package of built-in data is not installed.
         """
         from manyheads.data import load_text
+        from manyheads.data.images import load_images
 
-        return None if self.data is None else load_text(self.data, max_bytes=_TEXT_BYTES)
-
-
-def workload_from_options(options: ChooseOptions) -> Workload:
-    """Return the workload that the flags describe; flags go before what a model's config says.
-
-    Raises:
-        ValueError: a flag with a wrong value, or a config.json without the needed keys.
-    """
-    from manyheads.options import seconds
-
-    values: dict[str, Any] = {} if options.describes_workload else EXAMPLE.to_dict()
-    if options.model is not None:
-        values |= shapes_of_model(Path(options.model))
-    given = ("heads", "kv_heads", "head_dim", "causal", "phases", "batch", "dtype", "layers")
-    for name in (*given, "length", "lengths", "data", "probes", "threads"):
-        if getattr(options, name) not in (None, ()):
-            values[name] = getattr(options, name)
-    if options.heads is not None and options.kv_heads is None and options.model is not None:
-        values.pop("kv_heads", None)
-    if options.lengths and options.length is None:
-        values["length"] = max(options.lengths)
-    if options.mixers:
-        values["mixers"] = read_mixers(options.mixers)
-    values |= {"budget": seconds(options.budget), "seed": options.seed}
-    return Workload.from_dict(values)
-
-
-def read_mixers(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the candidates that texts name: "a,b" is two mechanisms, "a*3,b" one hybrid.
-
-    Raises:
-        ValueError: nothing is named.
-    """
-    found: list[str] = []
-    for text in (part.strip() for whole in texts for part in whole.split(";")):
-        names = [n.strip() for n in text.split(",") if n.strip()]
-        found += [",".join(names)] if "*" in text else names
-    if not found:
-        raise ValueError('mixers name nothing: write "softmax,gla" or "gla*3,softmax"')
-    return tuple(dict.fromkeys(found))
-
-
-# Each size by the names that the families of transformers give it, most common first.
-_MODEL_KEYS = {
-    "width": ("hidden_size", "n_embd", "d_model", "dim"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
-}
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-_BIDIRECTIONAL = {
-    "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie",
-    "modernbert", "mpnet", "roberta", "xlm-roberta", "vit", "deit",
-}  # fmt: skip
-
-
-def shapes_of_model(folder: Path) -> dict[str, Any]:
-    """Read length, heads, kv_heads, head_dim, causality and layers from a config.json.
-
-    Args:
-        folder: a folder with the config.json of a transformers model, or that file.
-
-    Raises:
-        ValueError: no such file, no JSON object, or a key that is needed is missing.
-    """
-    path = folder / "config.json" if folder.is_dir() else folder
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(
-            f"model {str(folder)!r} has no config.json: give the folder of a transformers model"
-        ) from None
-    except ValueError:
-        raise ValueError(f"model: {str(path)!r} is no JSON") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"model: {str(path)!r} holds no JSON object")
-    if isinstance(config.get("text_config"), dict):
-        config = config["text_config"]
-    sizes = {name: _first(config, keys) for name, keys in _MODEL_KEYS.items()}
-    head_dim = config.get("head_dim")
-    needed = {"heads", "layers"} | (set() if head_dim else {"width"})
-    missing = [" or ".join(_MODEL_KEYS[n][:2]) for n in sorted(needed) if sizes[n] is None]
-    if missing:
-        raise ValueError(
-            f"model: {path.name} has no {', no '.join(missing)}: give --heads, --head-dim and "
-            "--length instead of --model"
-        )
-    heads, width = int(sizes["heads"] or 0), int(sizes["width"] or 0)
-    if heads < 1 or (not head_dim and width % heads):
-        raise ValueError(
-            f"model: {path.name} has hidden size {width}, not a multiple of its {heads} heads, "
-            "and no head_dim: give --heads and --head-dim instead of --model"
-        )
-    values: dict[str, Any] = {
-        "heads": heads,
-        "head_dim": int(head_dim) if head_dim else width // heads,
-        "model_layers": int(sizes["layers"] or 0),
-        "causal": config.get("model_type") not in _BIDIRECTIONAL or bool(config.get("is_decoder")),
-    }
-    if (length := _first(config, _LENGTH_KEYS)) is not None:
-        values["length"] = int(length)
-    if config.get("num_key_value_heads") is not None:
-        values["kv_heads"] = int(config["num_key_value_heads"])
-    elif config.get("multi_query"):
-        values["kv_heads"] = 1
-    return values
-
-
-def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((config[k] for k in keys if config.get(k) is not None), None)
+        if self.data is None:
+            return None
+        if self.grid is not None:
+            return load_images(self.data, seed=self.seed)
+        return load_text(self.data, max_bytes=_TEXT_BYTES)
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -32,9 +32,9 @@ _FILES = {
     "h2o": "manyheads.compress.a2sf:H2O",
     "int8": "manyheads.compress.quantizable:Int8",
     "llm-drop": "manyheads.compress.llm_drop:LLMDrop",
+    "masa": "manyheads.compress.masa:MASA",
     "minilm": "manyheads.compress.minilm:MiniLM",
     "quamba": "manyheads.compress.quamba:Quamba",
-    "masa": "manyheads.compress.masa:MASA",
     "sink-recent": "manyheads.compress.a2sf:SinkRecent",
     "snapkv": "manyheads.compress.a2sf:SnapKV",
     "streaming": "manyheads.compress.a2sf:StreamingLLM",
@@ -198,6 +198,7 @@ class Procedure:
 
     name: ClassVar[str]
     settings_class: ClassVar[type[Config]]
+    acts_on_cache: ClassVar[bool] = False  # what it loses shows in decoding alone
 
     def __init__(self, settings: Config | None = None, **options: Any) -> None:
         if settings is not None and options:

@@ -1,8 +1,8 @@
 // Landmark attention by the token: scores landmarks, chooses blocks, attends to them where they lie.
 //
 // B samples, H query heads, K key heads, S stored blocks of L tokens in a ring, k that are fetched,
-// D keys, V values. Everything stands in one pass over the team of threads: the scores of stretches
-// of landmarks, the choice of each head, every fetched block by itself, then their common softmax.
+// D keys, V values. A head's landmarks are scored, its blocks chosen, every fetched block attended to
+// by itself, then their common softmax taken.
 // Keys lie before their rotary embedding: the query is turned back instead, by
 // R(-t) q = cos(t) q + sin(t) q', q' being q with the channels of each pair exchanged and the sign in
 // the table.
@@ -89,24 +89,21 @@ inline float score(const Stream &s, const float *turned, const float *other, con
   return sum(total) * s.scale;
 }
 
-// Scores (b, h, S), oldest first, of one stretch of landmarks for the heads of one key head.
-void score_stretch(const Stream &s, int64_t pair, int64_t first, float *scores, float *turned) {
-  const int64_t b = pair / s.kv, h = pair % s.kv, last = std::min(first + kStretch, s.stored);
+// A row's scores (S), oldest first, of one stretch of landmarks.
+void score_stretch(const Stream &s, int64_t row, int64_t first, float *scores, float *turned) {
+  const int64_t b = row / s.heads, h = row % s.heads / s.group();
+  const int64_t last = std::min(first + kStretch, s.stored);
   // The newest blocks have slots of their own; it is the query that is turned back.
   const int64_t newest = s.exact || !s.frequency ? 0 : s.fetched(), old = s.stored - newest;
-  for (int64_t g = 0; g < s.group(); ++g) {
-    const int64_t row = b * s.heads + h * s.group() + g;
-    const float *query = s.query + row * s.dim;
-    float *to = scores + row * s.stored;
-    turn(s, query, s.at, turned, nullptr);
-    for (int64_t i = first; i < last; ++i) {
-      if (i >= old) {
-        const int64_t slot = s.top_k - newest + 1 + i - old;
-        turn(s, query, s.at - slot * s.size, turned, nullptr);
-      }
-      const int64_t from = s.ring(s.seen - s.stored + i, s.gate_room, b, h);
-      to[i] = dot(turned, s.gates + from * s.dim, s.dim) * s.scale;
+  const float *query = s.query + row * s.dim;
+  turn(s, query, s.at, turned, nullptr);
+  for (int64_t i = first; i < last; ++i) {
+    if (i >= old) {
+      const int64_t slot = s.top_k - newest + 1 + i - old;
+      turn(s, query, s.at - slot * s.size, turned, nullptr);
     }
+    const int64_t from = s.ring(s.seen - s.stored + i, s.gate_room, b, h);
+    scores[i] = dot(turned, s.gates + from * s.dim, s.dim) * s.scale;
   }
 }
 
@@ -239,6 +236,19 @@ float own_block(const Stream &s, int64_t row, float *scratch, float *out) {
   return all;
 }
 
+// The common softmax of a row's parts, by their logits.
+void join(const Stream &s, int64_t row, float *logits, const float *parts, float *out) {
+  const int64_t each = s.fetched() + 1, wide = s.value_width();
+  float *weights = logits + row * each, share;
+  const float *first = parts + row * each * wide;
+  soften(weights, each, &share);
+  for (int64_t v = 0; v < wide; v += kLanes) {
+    Floats total = {};
+    for (int64_t i = 0; i < each; ++i) total += weights[i] * load(first + i * wide + v);
+    store(out + row * s.value_dim + v, total * share, lanes(v, s.value_dim));
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -261,40 +271,47 @@ void landmark_decode(const float *query, const float *key, const float *value,
                  frequency, cosine, sine};
   const int64_t rows = s.batch * s.heads, count = s.fetched(), each = count + 1;
   const int64_t stretches = (s.stored + kStretch - 1) / kStretch, wide = s.value_width();
+  auto attend = [&](int64_t row, int64_t rank, float *own) {
+    const int64_t i = row * each + rank;
+    float *part = parts + i * wide;
+    std::fill_n(part, wide, 0.0f);
+    logits[i] = rank < count ? block(s, row, picked + row * count, rank, own, part)
+                             : own_block(s, row, own, part);
+  };
+  // A row by one thread, from its scores to its output, waits for no other: waiting is long where
+  // other programs have the cores. A few rows, or a choice that they share, go stage by stage.
+  const bool apart = !s.shared && rows >= z[16];
 #pragma omp parallel num_threads((int)z[16])
   {
     float *own = nullptr;
 #pragma omp critical(landmark_scratch)
     own = scratch, scratch += 2 * s.width() + s.size;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.batch * s.kv * stretches; ++i)
-      score_stretch(s, i / stretches, i % stretches * kStretch, scores, own);
-    if (s.shared) {
-#pragma omp for schedule(static)
-      for (int64_t b = 0; b < s.batch; ++b) choose_shared(s, scores, b, picked);
+    if (apart) {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t row = 0; row < rows; ++row) {
+        float *to = scores + row * s.stored;
+        for (int64_t i = 0; i < s.stored; i += kStretch) score_stretch(s, row, i, to, own);
+        choose(s, to, slack(s, row), picked + row * count);
+        for (int64_t rank = 0; rank < each; ++rank) attend(row, rank, own);
+        join(s, row, logits, parts, out);
+      }
     } else {
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; ++row)
-        choose(s, scores + row * s.stored, slack(s, row), picked + row * count);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < rows * each; ++i) {
-      const int64_t row = i / each, rank = i % each;
-      float *part = parts + i * wide;
-      std::fill_n(part, wide, 0.0f);
-      logits[i] = rank < count ? block(s, row, picked + row * count, rank, own, part)
-                               : own_block(s, row, own, part);
-    }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      float *weights = logits + row * each, *first = parts + row * each * wide, share;
-      soften(weights, each, &share);
-      for (int64_t v = 0; v < wide; v += kLanes) {
-        Floats total = {};
-        for (int64_t i = 0; i < each; ++i) total += weights[i] * load(first + i * wide + v);
-        const int n = lanes(v, s.value_dim);
-        store(out + row * s.value_dim + v, total * share, n);
+      for (int64_t i = 0; i < rows * stretches; ++i) {
+        const int64_t row = i / stretches, first = i % stretches * kStretch;
+        score_stretch(s, row, first, scores + row * s.stored, own);
       }
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < (s.shared ? s.batch : rows); ++i) {
+        if (s.shared)
+          choose_shared(s, scores, i, picked);
+        else
+          choose(s, scores + i * s.stored, slack(s, i), picked + i * count);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < rows * each; ++i) attend(i / each, i % each, own);
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < rows; ++row) join(s, row, logits, parts, out);
     }
   }
 }

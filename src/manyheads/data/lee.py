@@ -86,7 +86,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
         ValueError: not two vectors of one length, 2 or more.
 
     Example:
-        >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 8.0, 27.0]))
+        >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 8.0, 27.0])), 6)
         1.0
     """
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:

@@ -34,7 +34,7 @@ def load_verses(*translations: str) -> dict[int, tuple[str, ...]]:
     Example:
         >>> verses = load_verses("kjv", "web")
         >>> len(verses), verses[1001001][0]
-        (31102, 'In the beginning God created the heaven and the earth.')
+        (31099, 'In the beginning God created the heaven and the earth.')
     """
     if not translations:
         raise ValueError(f"name one or more translations: {', '.join(TRANSLATIONS)}")

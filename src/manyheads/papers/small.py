@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.data.synthetic import Task, TaskBatches, TaskConfig
+from manyheads.data.synthetic import Task, TaskBatch, TaskConfig
 from manyheads.data.synthetic.task import NOT_SCORED
 
 __all__ = ["fit", "held_out_accuracy", "token_loss"]
@@ -20,7 +20,7 @@ _TOLD_EVERY = 50
 
 def fit(
     model: nn.Module,
-    batches: TaskBatches,
+    batches: Iterator[TaskBatch],
     loss: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     *,
@@ -31,7 +31,7 @@ def fit(
 
     Args:
         model: inputs to what ``loss`` takes.
-        batches: of a generated task.
+        batches: endless; of a generated task, or of images.
         loss: ``loss(output, targets)``.
         optimizer: its groups' rates are the highest of the schedule.
         steps: of training.

@@ -114,8 +114,8 @@ def _token_call(model: Any, batch: dict[str, Tensor]) -> Callable[[], Any]:
     def token() -> Any:
         with torch.no_grad():
             out = model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True)
-        if hasattr(cache, "crop"):
-            cache.crop(length)
+        if getattr(cache, "is_croppable", False):
+            cache.crop(length - cache.get_seq_length())  # a negative count takes so many off
         return out
 
     return token

@@ -74,6 +74,28 @@ class BitsPerByte(Task):
         return total / math.log(2) / max(1, self.bytes)
 
 
+class CachedBits(Task):
+    """Bits a causal model of transformers needs for each byte of the second half of a piece.
+
+    Tokens are read one by one after the first half, as ``generate()`` reads them, so that what a
+    cache has forgotten is missed.
+    """
+
+    name, higher_is_better = "bits per byte with its cache", False
+
+    def __init__(self, feed: Feed, batches: Sequence[dict[str, Tensor]]) -> None:
+        self.rows = [_ids(b) for b in batches]
+        self.prompt = self.rows[0].shape[1] // 2
+        scored = [ids[self.prompt :] for rows in self.rows for ids in rows]
+        self.bytes = sum(len(_text(feed, ids)) for ids in scored)
+
+    def measure(self, model: nn.Module) -> float:
+        from manyheads.compress.a2sf.quality import continuation_loss
+
+        nats = [continuation_loss(model, ids, prompt=self.prompt)[0].sum() for ids in self.rows]
+        return float(torch.stack(nats).sum()) / math.log(2) / max(1, self.bytes)
+
+
 class Agreement(Task):
     """How often a model's first choice is the original's."""
 
@@ -203,6 +225,7 @@ def task_for(
     *,
     samples: int,
     fallback: Sequence[dict[str, Tensor]],
+    cached: bool = False,
 ) -> Task:
     """Return the task that fits a model and the data to judge it by.
 
@@ -212,6 +235,7 @@ def task_for(
         evaluate: data, "" for nearness to the original on ``fallback``.
         samples: pieces of data.
         fallback: batches that are there already.
+        cached: read token by token, for methods that act on the cache.
 
     Raises:
         ValueError: data that this kind of model is not judged by.
@@ -229,7 +253,10 @@ def task_for(
         if evaluate:
             return Top1(feed, evaluate, samples, classes)
         return Agreement(original, fallback)
-    return BitsPerByte(feed, _pieces(feed, evaluate, samples, fallback))
+    pieces = _pieces(feed, evaluate, samples, fallback)
+    if cached and feed.tokenizer is not None:
+        return CachedBits(feed, pieces)
+    return BitsPerByte(feed, pieces)
 
 
 def transcribe(model: Any, feed: Feed, features: Tensor, *, most: int = 64) -> list[str]:

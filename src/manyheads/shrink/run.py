@@ -93,7 +93,12 @@ def prepare(options: ShrinkOptions) -> Job:
         calibration = feed.batches(source, samples=options.samples)
     torch.manual_seed(options.seed)
     task = task_for(
-        feed, opened.model, options.evaluate, samples=options.samples, fallback=calibration
+        feed,
+        opened.model,
+        options.evaluate,
+        samples=options.samples,
+        fallback=calibration,
+        cached=_acts_on_caches(options),
     )
     return Job(
         options=options,
@@ -103,6 +108,14 @@ def prepare(options: ShrinkOptions) -> Job:
         task=task,
         notes=notes,
     )
+
+
+def _acts_on_caches(options: ShrinkOptions) -> bool:
+    if options.plan and Path(options.plan).is_file():
+        methods = [Plan.load(options.plan).method]
+    else:
+        methods = [step.method for step in read_steps(options)]
+    return any(getattr(get_procedure(m), "acts_on_cache", False) for m in methods)
 
 
 def _own_texts(feed: Feed, source: str, samples: int) -> list[dict[str, Tensor]]:

@@ -5,6 +5,7 @@ B batch, N padded length, C teacher width, r student width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +65,16 @@ def pad(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def embed(model: BertEncoder, rows: list[np.ndarray], stop: StopRequest | None = None) -> Tensor:
-    """Return mean-pooled embeddings (len(rows), C), computed in batches of like lengths."""
+def embed(
+    model: BertEncoder,
+    rows: list[np.ndarray],
+    stop: StopRequest | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Return mean-pooled embeddings (len(rows), C), computed in batches of like lengths.
+
+    ``progress`` is told how many rows are done.
+    """
     device = next(model.parameters()).device
     out = torch.zeros(len(rows), model.config.hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -76,6 +85,8 @@ def embed(model: BertEncoder, rows: list[np.ndarray], stop: StopRequest | None =
         tokens, mask = (t.to(device) for t in pad([rows[i] for i in some]))
         features = model(tokens, mask=mask).features
         out[some] = mean_pool(features, mask).float().cpu()
+        if progress is not None:
+            progress(start + len(some))
     return out
 
 

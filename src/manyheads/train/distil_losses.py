@@ -19,6 +19,7 @@ from manyheads.models.language.bert import BertEncoder
 from manyheads.train.distil_data import SentenceBatch, embed, pad
 from manyheads.train.distil_options import DistilOptions
 from manyheads.train.files import TEMPORARY, replace_file
+from manyheads.train.logs import Terminal
 from manyheads.train.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def teacher_outputs(
     if fabric.is_global_zero and not path.is_file():
         width = min(options.hidden_size, teacher.config.hidden_size)
         if options.embedding_weight:
-            embeddings = {name: embed(teacher, some, stop) for name, some in rows.items()}
+            embeddings = {name: _shown(options, teacher, some, stop) for name, some in rows.items()}
         else:
             embeddings = {name: torch.zeros(len(some), 0) for name, some in rows.items()}
         streams = collect_streams(teacher.cpu(), stream_batches(rows["train"]))
@@ -74,6 +75,15 @@ def teacher_outputs(
         replace_file(folder / f"{TEMPORARY}{name}", folder / name)
     fabric.barrier()
     return load_file(path)
+
+
+def _shown(
+    options: DistilOptions, teacher: BertEncoder, rows: list[np.ndarray], stop: StopRequest
+) -> Tensor:
+    """Return the teacher's embeddings, telling how far it is."""
+    with Terminal(steps=len(rows), done=0, shown=options.progress) as terminal:
+        terminal.say(f"the teacher reads {len(rows):,} sentences, once")
+        return embed(teacher, rows, stop, terminal.update)
 
 
 def relation_loss_of(

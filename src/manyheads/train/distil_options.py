@@ -50,15 +50,15 @@ class DistilOptions(TrainOptions):
     }  # fmt: skip
     recipe: ClassVar[str] = "distil"
 
-    steps: int = 3000
+    steps: int = 2000
     batch_size: int = 64
     learning_rate: float = 1e-3
     lr_floor: float = 0.02
     weight_decay: float = 0.01
-    eval_every: int = 500
+    eval_every: int = 250
     teacher: str = "all-minilm-l6-v2"
     data: tuple[str, ...] = field(default=("verses", "lee", "words"))
-    max_sentences: int | None = 40_000
+    max_sentences: int | None = 20_000
     bags: int = 20_000
     length: int = 64
     num_layers: int = 3

@@ -160,6 +160,15 @@ def test_generation_with_a_cache_and_gradients(family) -> None:
     assert all(p.grad is not None for p in smaller.shared_atoms.parameters())
 
 
+def test_a_search_goes_from_mild_to_strong() -> None:
+    model = build("llama")
+    ratios = [c["ratio"] for c in MASA.candidates(model, {"groups": 1})]
+    assert ratios == sorted(ratios)
+    assert MASA.candidates(model, {"ratio": 0.3}) == [{"ratio": 0.3}]
+    for settings in MASA.candidates(model, {}):
+        assert MASA(**settings).settings.ratio == settings["ratio"]
+
+
 def test_half_precision_stays_half() -> None:
     model, data = build("llama").bfloat16(), batches("llama")
     smaller = MASA(ratio=0.2).plan(model, data).apply(model)

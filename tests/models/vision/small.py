@@ -128,6 +128,18 @@ SMALL: dict[str, tuple[str, dict[str, Any], int]] = {
          "image_size": (64, 96), "qkv_bias": False},
         64,
     ),
+    "flowformer": (
+        "flowformer_vision_96",
+        {"depths": (1, 1, 2, 1), "embed_dims": (12, 24, 24, 36), "num_classes": 7,
+         "image_size": 64, "drop_path": 0.0},
+        64,
+    ),
+    "orchid": (
+        "orchid_vit_b",
+        {"embed_dim": 32, "depth": 3, "mlp_width": 48, "num_classes": 7, "image_size": 64,
+         "patch_size": 8, "max_length": 256, "drop_path": 0.0},
+        64,
+    ),
 }  # fmt: skip
 
 

@@ -164,7 +164,10 @@ def test_exports(name) -> None:
 
 
 # Mechanisms of the hall are operators of ours, for which ONNX has no name.
-@pytest.mark.parametrize("name", [n for n in SMALL if n != "metaformer_hall"])
+OWN_OPERATORS = {"metaformer_hall", "flowformer", "orchid"}
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if n not in OWN_OPERATORS])
 def test_onnx_runtime_agrees(name, tmp_path) -> None:
     import onnxruntime
 
@@ -178,7 +181,12 @@ def test_onnx_runtime_agrees(name, tmp_path) -> None:
     assert torch.allclose(torch.from_numpy(out), model(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SMALL)
+def test_nothing_to_fuse_is_said() -> None:
+    with pytest.raises(ValueError, match="OrchidVision has no fused form"):
+        small("orchid")[0].fuse()
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if n != "orchid"])
 def test_the_fused_form_is_equal(name) -> None:
     model, side = small(name)
     _shake(model)

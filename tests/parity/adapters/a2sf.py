@@ -113,7 +113,7 @@ def llama(golden: Golden) -> dict[str, Tensor]:
         made = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=count + 1,
             do_sample=False,
             output_logits=True,

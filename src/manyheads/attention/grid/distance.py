@@ -192,6 +192,7 @@ register_mixer(
         any_size=True,
         cost="O(N² C)",
         flops=_flops,
+        extra=lambda s: (s.num_heads + 2) * s.tokens**2,  # the biases, and their places as int64
         notes=("biases are made for one size of map and resized for others",),
     )
 )

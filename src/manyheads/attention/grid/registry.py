@@ -68,6 +68,7 @@ class Mixer:
         cost: asymptotic cost in words of N, C and window sizes.
         flops: forward FLOPs (2 a multiply-add) of matrix products and convolutions, projections
             included, closed form.
+        extra: numbers that the forward pass must hold beside maps of C channels and its weights.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Mixer:
     any_size: bool
     cost: str
     flops: Callable[[GridShape], int]
+    extra: Callable[[GridShape], int] = field(default=lambda s: 0)
     notes: tuple[str, ...] = field(default=())
 
 

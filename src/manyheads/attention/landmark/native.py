@@ -18,6 +18,7 @@ from manyheads.native import library, require
 __all__ = ["can_decode", "decode"]
 
 _LANES = 16  # of a vector in csrc/vec.h
+_PRODUCTS = 1 << 22  # a thread: below that, waking others costs more than they save
 
 
 def can_decode(memory: LandmarkMemory, query: Tensor) -> bool:
@@ -78,7 +79,9 @@ def _op(
     batch, heads, dim = query.shape
     size, value_dim = keys.shape[3], value.shape[2]
     tail = 0 if tail_key is None else tail_key.shape[2]
-    threads, count = torch.get_num_threads(), min(top_k, stored)
+    count = min(top_k, stored)
+    products = batch * heads * (stored * dim + (count + 1) * size * (dim + value_dim))
+    threads = max(1, min(torch.get_num_threads(), products // _PRODUCTS))
     tables = (None, None, None) if theta is None else _tables(size, dim, theta, interleaved)
     width, value_width = (-(-n // _LANES) * _LANES for n in (dim, value_dim))
     parts = batch * heads * (count + 1)

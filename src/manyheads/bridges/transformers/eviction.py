@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -26,6 +24,7 @@ from transformers.cache_utils import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from manyheads.bridges.transformers.evicting_cache import LAYER, EvictingCache, EvictingLayer
 from manyheads.bridges.transformers.rotation import rotation
 from manyheads.compress.a2sf.policy import CachePolicy
 from manyheads.compress.a2sf.state import EvictionState, Rotate
@@ -34,116 +33,8 @@ __all__ = ["EvictingCache", "EvictingLayer", "attached", "install", "new_cache"]
 
 _PREFIX = "manyheads_evicting_"
 _INNER = ("eager", "sdpa", "manyheads_softmax", "manyheads_lean")
-# The layer travels with the keys that it hands to the attention function, which is told of no
-# cache.
-_LAYER = "_manyheads_layer"
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class EvictingLayer(CacheLayerMixin):
-    """One layer: the number of tokens that it saw is its length, what it holds is its budget's."""
-
-    is_croppable = False
-
-    def __init__(self, state: EvictionState) -> None:
-        self.state = state
-        super().__init__()
-        self.is_sliding = state.window is not None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """(B, G, n, D), of the tokens held."""
-        return self.state.read("key")
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        _refuse(value)
-
-    @property
-    def values(self) -> Tensor | None:
-        """(B, G, n, D), of the tokens held."""
-        return self.state.read("value")
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        _refuse(value)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return all keys and values that the new tokens may attend to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self.state.append(key_states, value_states)
-        setattr(keys, _LAYER, self)
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Ask for the mask of the new tokens among themselves; the state knows the rest."""
-        return query_length, self.state.seen
-
-    def get_seq_length(self) -> int:
-        """Return the tokens seen, evicted ones included."""
-        return self.state.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.state.reset()
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError(
-                f"{tokens_to_remove} tokens cannot be taken back from a cache that evicts: "
-                "generate without an assistant model"
-            )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state.batch(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.state.batch(lambda t: t[indices.to(t.device)])
-
-    def offload(self) -> None:
-        self.state.batch(lambda t: t.to("cpu"))
-
-    def prefetch(self) -> None:
-        self.state.batch(lambda t: t.to(self.device))
-
-
-class EvictingCache(DynamicCache):
-    """A cache whose layers hold no more than a policy's budget."""
-
-    def __init__(self, layers: list[Any]) -> None:
-        Cache.__init__(self, layers=layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers: keys, values, scales, positions and scores."""
-        return sum(_nbytes(layer) for layer in self.layers)
-
-    def lengths(self) -> list[int]:
-        """Return the tokens that each layer holds."""
-        return [_held(layer) for layer in self.layers]
-
-    def positions(self, layer: int) -> Tensor:
-        """Return which tokens a layer holds, (B, G, n), counted from the first one it saw."""
-        chosen = self.layers[layer]
-        if not isinstance(chosen, EvictingLayer):
-            raise ValueError(f"layer {layer} is a {type(chosen).__name__}, which evicts nothing")
-        if chosen.state.held is None:
-            raise ValueError("the cache is empty: generate with it first")
-        return chosen.state.held["position"]
 
 
 def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = None) -> Cache:
@@ -182,21 +73,23 @@ def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = Non
 def attached(policy: CachePolicy, model: nn.Module) -> Iterator[Cache]:
     """Let a model generate within a policy's budget; afterwards it is as before."""
     own = _check(model)
-    before = own.config._attn_implementation
-    had = model.__dict__.get("_prepare_cache_for_generation")
-    cache = new_cache(policy, model)
+    before, had = own.config._attn_implementation, _take_away(own)
     try:
+        cache = new_cache(policy, model)
         install(policy, model)
         yield cache
     finally:
+        _take_away(own)
         own.set_attn_implementation(before)
-        model.__dict__.pop("_prepare_cache_for_generation", None)
         if had is not None:
-            model.__dict__["_prepare_cache_for_generation"] = had
+            _give(own, had)
 
 
 def install(policy: CachePolicy, model: nn.Module) -> None:
-    """Make ``model.generate`` create a cache of this policy at each call.
+    """Make a model create a cache of this policy wherever it begins one.
+
+    That is in ``generate`` and in calls with ``use_cache=True``; it is in place of a policy that
+    was there.
 
     Raises:
         ValueError: no model of transformers that generates, or an attention function that
@@ -211,13 +104,34 @@ def install(policy: CachePolicy, model: nn.Module) -> None:
             f"attention is {inner!r}, which an evicting cache does not work with: "
             f"model.set_attn_implementation('sdpa') first, or one of {', '.join(_INNER)}"
         )
-    if policy.rotates:
+    if policy.rotates and next(model.parameters()).device.type != "meta":
         rotation(model)
     name = _PREFIX + inner
     AttentionInterface.register(name, _evicting(inner))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     own.set_attn_implementation(name)
-    model.__dict__["_prepare_cache_for_generation"] = MethodType(_CacheMaker(policy), model)
+    _take_away(own)
+    _give(own, policy)
+
+
+def _give(model: Any, policy: CachePolicy) -> None:
+    maker = _CacheMaker(policy)
+    model.__dict__["_prepare_cache_for_generation"] = MethodType(maker, model)
+    model.register_forward_pre_hook(maker.before_call, with_kwargs=True)
+
+
+def _take_away(model: Any) -> CachePolicy | None:
+    """Undo :func:`_give`; return the policy, None if there was none."""
+    method = model.__dict__.pop("_prepare_cache_for_generation", None)
+    if method is None:
+        return None
+    hooks = model._forward_pre_hooks
+    for number, hook in list(hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), _CacheMaker):
+            del hooks[number]
+            model._forward_pre_hooks_with_kwargs.pop(number, None)
+    policy: CachePolicy = method.__func__.policy
+    return policy
 
 
 class _CacheMaker:
@@ -241,13 +155,34 @@ class _CacheMaker:
                 "caches: leave one away"
             )
         if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
-            mask = model_kwargs.get("attention_mask")
-            encodes = getattr(model.config, "is_encoder_decoder", False)
-            prompt = None if mask is None or encodes else mask.shape[-1]
+            prompt = self._prompt(generation_config, model_kwargs)
             model_kwargs["cache"] = new_cache(self.policy, model, prompt=prompt)
             return None
         make = type(model)._prepare_cache_for_generation
         return make(model, generation_config, model_kwargs, *args, **kw)
+
+    def before_call(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Begin a cache where a call asks for one and brings none."""
+        given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+        if given or kwargs.get("use_cache") is not True:
+            return None
+        return args, kwargs | {"cache": new_cache(self.policy, model)}
+
+    def _prompt(self, generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
+        """Return the prompt's tokens where they are not simply those of the first call."""
+        if not generation_config.prefill_chunk_size or self.policy.settings.budget_ratio is None:
+            return None
+        mask, new = model_kwargs.get("attention_mask"), generation_config.max_new_tokens
+        if mask is not None:
+            return int(mask.shape[-1])
+        if new is None:
+            raise ValueError(
+                "a budget that is a share of a prompt read in chunks needs to know the prompt: "
+                "give max_new_tokens instead of max_length"
+            )
+        return int(generation_config.max_length - new)
 
 
 def _evicting(inner: str) -> Attention:
@@ -263,10 +198,10 @@ def _evicting(inner: str) -> Attention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         attend: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(inner, _eager(module))
-        layer: EvictingLayer | None = getattr(key, _LAYER, None)
+        layer: EvictingLayer | None = getattr(key, LAYER, None)
         if layer is None:
             return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        delattr(key, _LAYER)
+        delattr(key, LAYER)
         if kwargs.get("position_bias") is not None or kwargs.get("s_aux") is not None:
             raise ValueError(
                 f"{type(module).__name__} adds a bias or sinks to its attention, which an "
@@ -313,25 +248,6 @@ def _decoder_config(model: PreTrainedModel) -> Any:
     return config
 
 
-def _refuse(value: Tensor | None) -> None:
-    if value is not None:
-        raise ValueError("an evicting cache is filled by update() alone")
-
-
 def _bounded(policy: CachePolicy, layer: int, window: int) -> bool:
     """Say whether transformers' own sliding window holds no more than the budget."""
     return policy.settings.budget_ratio is None and policy.budget(layer, 0) >= window
-
-
-def _nbytes(layer: Any) -> int:
-    if isinstance(layer, EvictingLayer):
-        return layer.state.nbytes
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
-
-
-def _held(layer: Any) -> int:
-    if isinstance(layer, EvictingLayer):
-        return 0 if layer.state.held is None else len(layer.state.held)
-    keys = getattr(layer, "keys", None)
-    return 0 if keys is None else int(keys.shape[-2])

@@ -93,6 +93,7 @@ class CachePolicy(Procedure):
     """
 
     settings_class: ClassVar[type[Config]] = CacheConfig
+    acts_on_cache: ClassVar[bool] = True
     rotates: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = True
 
@@ -167,8 +168,9 @@ class CachePolicy(Procedure):
         """Let a transformers model generate within this budget, inside a ``with``.
 
         **Lossy** once the budget is exceeded. What ``with`` gives is a cache for
-        ``model.generate(..., past_key_values=cache)``; ``generate`` without one makes a fresh one
-        of the same policy at each call. The model is as before afterwards.
+        ``model.generate(..., cache=cache)`` (``past_key_values`` is its old name); ``generate``
+        without one makes a fresh one of the same policy at each call. Afterwards the model is as
+        it was.
 
         Args:
             model: of transformers: a causal language model or Whisper, with eager, SDPA or one of
@@ -187,12 +189,14 @@ class CachePolicy(Procedure):
         """Record policy and budget, and what the calibration's second halves lose by it.
 
         Each batch is read with a cache, its first half at once and its second half token by
-        token, with and without eviction: see :func:`continuation_loss`.
+        token, with and without eviction: see :func:`continuation_loss`. An encoder-decoder is
+        not measured.
         """
         from manyheads.compress.a2sf.quality import compare
 
         require_extra("transformers", "transformers", f"the {self.name} procedure")
-        measured = compare(self, model, calibration) if calibration is not None else {}
+        reads = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        measured = compare(self, model, calibration) if calibration is not None and reads else {}
         structure = {"policy": self.name, "settings": self.settings.to_dict()}
         return self._plan(model, structure, measured=measured)
 

@@ -38,10 +38,10 @@ def continuation_loss(
         ids: (B, N).
         prompt: tokens that are read at once and not scored.
         policy: of the cache; None for one that holds everything.
-        mask: (B, N), nonzero at real tokens, padded on the left.
+        mask: (B, N), nonzero at real tokens.
 
     Returns:
-        (B, N - prompt) in nats, and the bytes that the cache held at the end.
+        (B, N - prompt) in nats, 0 at padding; and the bytes that the cache held at the end.
 
     Raises:
         ValueError: a prompt that leaves nothing to score.
@@ -59,12 +59,11 @@ def continuation_loss(
             options = {} if mask is None else {"position_ids": places}
             out = model(
                 ids[:, start:stop], attention_mask=real[:, :stop], use_cache=True,
-                past_key_values=cache, **options,
+                cache=cache, **options,
             )  # fmt: skip
-            cache = out.past_key_values
-            losses.append(
-                F.cross_entropy(out.logits[:, -1].float(), ids[:, stop], reduction="none")
-            )
+            cache = out.cache
+            loss = F.cross_entropy(out.logits[:, -1].float(), ids[:, stop], reduction="none")
+            losses.append(loss * (real[:, stop] != 0))
             start, stop = stop, stop + 1
         held = _bytes(cache)
     return torch.stack(losses, 1), held
@@ -116,9 +115,10 @@ def compare(policy: CachePolicy, model: nn.Module, calibration: Iterable[Batch])
             )
             sums[place] += float(losses.sum())
             bytes_held[place] = max(bytes_held[place], held)
-        tokens += losses.numel()
+        real = batch.get("attention_mask", torch.ones_like(ids))[:, ids.shape[1] // 2 :]
+        tokens += int((real != 0).sum())
     if not tokens:
-        raise ValueError("the calibration holds no batch")
+        raise ValueError("the calibration holds no token to score")
     return {
         "tokens": tokens,
         "loss_full": sums[0] / tokens,

@@ -177,6 +177,12 @@ class MASA(Procedure):
         )
 
     @classmethod
+    def candidates(cls, model: nn.Module, given: dict[str, Any]) -> list[dict[str, Any]]:
+        if "ratio" in given:
+            return [given]
+        return [given | {"ratio": tenths / 10} for tenths in range(1, 8)]
+
+    @classmethod
     def apply(cls, plan: Plan, model: nn.Module) -> nn.Module:
         return _build(plan.structure, model, plan.tensors)
 

@@ -69,6 +69,7 @@ def capture_qkv(
         ValueError: no such layer, a decoder, or an attention without three equal projections.
 
     Example:
+        >>> import torch
         >>> from manyheads.models.language.bert import BertConfig, BertEncoder
         >>> config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=2,
         ...                     num_attention_heads=4, intermediate_size=48)

@@ -26,6 +26,7 @@ from manyheads.models.language.bert import BertEncoder
 __all__ = ["distil", "padded"]
 
 _SAVE_EVERY = 50
+_EMBED_BATCH = 64
 _WARM_UP_SHARE = 0.1
 _CLIP = 1.0
 
@@ -94,6 +95,10 @@ def distil(
     teacher.eval()
     student.eval()
     begun = time.monotonic()
+    goals = torch.zeros(0)
+    if embedding_weight:
+        assert basis is not None
+        goals = _embeddings(teacher, rows) @ basis
     while state["step"] < steps:
         some = epoch_indices(
             state["step"], len(rows), batch_size=min(batch_size, len(rows)), seed=seed
@@ -101,20 +106,16 @@ def distil(
         tokens, mask = padded([rows[i] for i in some])
         batch = {"input_ids": tokens, "attention_mask": mask}
         loss = torch.zeros(())
-        with torch.no_grad():
-            target, output = capture_qkv(
-                teacher, batch, layer=teacher_layer, rest=embedding_weight > 0
-            )
         both = "both" if embedding_weight else "qkv"
         features, *own = student(tokens, mask=mask, output=both)
         if relation_weight:
+            with torch.no_grad():
+                target = capture_qkv(teacher, batch, layer=teacher_layer).qkv
             loss = loss + relation_weight * minilm_loss(
                 target, QKV(*own), mask=mask, relations=relations, relation_heads=relation_heads
             )
         if embedding_weight:
-            assert basis is not None
-            goal = mean_pool(output.features, mask) @ basis
-            cosine = F.cosine_similarity(mean_pool(features, mask), goal, dim=-1)
+            cosine = F.cosine_similarity(mean_pool(features, mask), goals[some], dim=-1)
             loss = loss + embedding_weight * (1 - cosine).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -143,6 +144,20 @@ def distil(
         if late:
             break
     return state
+
+
+@torch.no_grad()
+def _embeddings(teacher: BertEncoder, rows: Sequence[Tensor]) -> Tensor:
+    """Return the teacher's mean-pooled embeddings (len(rows), C), which no step asks for again."""
+    found = torch.zeros(len(rows), teacher.config.hidden_size)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), _EMBED_BATCH):
+        some = order[start : start + _EMBED_BATCH]
+        tokens, mask = padded([rows[i] for i in some])
+        features = teacher(tokens, mask=mask).features
+        assert features is not None
+        found[some] = mean_pool(features, mask)
+    return found
 
 
 def _save(

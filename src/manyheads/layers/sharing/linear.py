@@ -137,7 +137,8 @@ class SharedLinear(nn.Module):
     def to_dense(self) -> nn.Linear:
         """Return an ``nn.Linear`` with the matrix and bias as they are now."""
         weight = self.weight
-        dense = nn.Linear(
+        dense = nn.utils.skip_init(
+            nn.Linear,
             weight.shape[1],
             weight.shape[0],
             bias=self.bias is not None,

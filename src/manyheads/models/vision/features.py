@@ -8,15 +8,12 @@ from typing import Any
 __all__ = ["FeatureInfo", "indices_of"]
 
 
-def indices_of(
-    indices: int | Sequence[int] | None, count: int, *, what: str = "stage"
-) -> list[int]:
+def indices_of(indices: int | Sequence[int] | None, count: int) -> list[int]:
     """Return the places that ``indices`` names among ``count`` stages, ascending.
 
     Args:
         indices: places (negative from the end), a number for the last so many, None for all.
         count: stages there are.
-        what: a name for them, for the error.
 
     Raises:
         ValueError: a place that does not exist, or none at all.
@@ -25,18 +22,16 @@ def indices_of(
         return list(range(count))
     if isinstance(indices, int):
         if not 1 <= indices <= count:
-            raise ValueError(
-                f"the last {indices} {what}s: the model has {count}, give 1 to {count}"
-            )
+            raise ValueError(f"the last {indices} stages: the model has {count}, give 1 to {count}")
         return list(range(count - indices, count))
     for i in indices:
         if not -count <= i < count:
             raise ValueError(
-                f"{what} {i} does not exist: the model has {count}, give {-count} to {count - 1}"
+                f"stage {i} does not exist: the model has {count}, give {-count} to {count - 1}"
             )
     places = sorted({i % count for i in indices})
     if not places:
-        raise ValueError(f"no {what} is named: give at least one index, or None for all")
+        raise ValueError("no stage is named: give at least one index, or None for all")
     return places
 
 

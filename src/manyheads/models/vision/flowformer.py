@@ -5,14 +5,14 @@ B batch, H and W rows and columns of patches, N = H · W, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from manyheads.attention.flow import FlowAttention, FlowConfig
 from manyheads.config import Config
@@ -21,8 +21,8 @@ from manyheads.layers.drop_path import DropPath
 from manyheads.layers.grid import resize_positions
 from manyheads.layers.keymap import KeyMap, convert, rename, split
 from manyheads.layers.mlp import MLP
-from manyheads.models.base import Model, register_variants
-from manyheads.models.vision.features import indices_of
+from manyheads.models.base import register_variants
+from manyheads.models.vision.base import VisionModel, run_blocks
 
 __all__ = ["FlowformerVision", "FlowformerVisionConfig"]
 
@@ -123,15 +123,24 @@ class _Block(nn.Module):
         )  # fmt: skip
         self.mlp_norm = nn.LayerNorm(dim, eps=c.norm_eps)
         self.mlp = MLP(dim, int(dim * c.mlp_ratios[stage]), dropout=c.dropout)
-        self.gamma = nn.Parameter(torch.full((dim,), float(c.layer_scale)))
+        self.gamma: nn.Parameter | None = nn.Parameter(torch.full((dim,), float(c.layer_scale)))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.mixer(self.mixer_norm(x)))
-        return x + self.drop_path(self.gamma * self.mlp(self.mlp_norm(x)))
+        y = self.mlp(self.mlp_norm(x))
+        return x + self.drop_path(y if self.gamma is None else self.gamma * y)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Move the layer scale into the MLP's last layer, in place: for inference alone."""
+        if self.gamma is not None:
+            self.mlp.fc2.weight.mul_(self.gamma[:, None])
+            self.mlp.fc2.bias.mul_(self.gamma)
+            self.gamma = None
 
 
-class FlowformerVision(Model):
+class FlowformerVision(VisionModel):
     """Hierarchical vision backbone with attention over the whole image at every stage.
 
     Linear in the number of patches. Any image size runs: learned positions are interpolated, and
@@ -145,14 +154,14 @@ class FlowformerVision(Model):
 
     config_class: ClassVar[type[Config]] = FlowformerVisionConfig
     config: FlowformerVisionConfig
+    first_conv = "embeds.0"
 
     def __init__(self, config: FlowformerVisionConfig) -> None:
         super().__init__()
         self.config = c = config
         self.num_classes = c.num_classes
         self.num_features = c.embed_dims[-1]
-        self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info = [
             {"num_chs": dim, "reduction": c.patch_size * 2**i, "module": f"stages.{i}"}
             for i, dim in enumerate(c.embed_dims)
         ]
@@ -171,18 +180,20 @@ class FlowformerVision(Model):
             number += depth
         self.stages = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.num_features, eps=c.norm_eps)
-        self.head: nn.Module = _classifier(self.num_features, c.num_classes)
+        self.head = self.make_classifier(c.num_classes)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify images (B, in_channels, ·, ·): logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised features of the last stage, (B, H, W, C)."""
+    def iter_stages(self, x: Tensor) -> Iterator[Tensor]:
         for i in range(len(self.stages)):
             x = self._stage(x, i)
+            yield x
+
+    def as_map(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Return the normalised features of the last stage, (B, H, W, C)."""
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -190,53 +201,32 @@ class FlowformerVision(Model):
         pooled = x.mean((1, 2))
         return pooled if pre_logits else self.head(pooled)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the features of stages, as timm does.
+    def normalise_map(self, x: Tensor, index: int) -> Tensor:
+        if index < len(self.stages) - 1:
+            return x
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-        Args:
-            x: (B, in_channels, ·, ·).
-            indices: stages, negative ones from the end; a number: the last so many; None: all.
-            norm: normalise those of the last stage.
-            stop_early: leave out stages after the last one asked for (with intermediates_only).
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: do not return the final features.
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
 
-        Raises:
-            ValueError: a stage that is not there, or an unknown format.
-        """
-        count = len(self.stages)
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
-        wanted = indices_of(indices, count, what="stage")
-        found: list[Tensor] = []
-        for i in range(count):
-            if stop_early and intermediates_only and i > max(wanted):
-                break
-            x = self._stage(x, i)
-            if i in wanted:
-                y = self.norm(x) if norm and i == count - 1 else x
-                found.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
-        return found if intermediates_only else (self.norm(x), found)
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        stem = r"^(?:embeds\.0|pos_embed)"
+        if coarse:
+            return {"stem": stem, "blocks": r"^(?:stages|embeds)\.(\d+)"}
+        blocks = [
+            (r"^embeds\.(\d+)", (0,)),
+            (r"^stages\.(\d+)\.(\d+)", None),
+            (r"^(?:norm|head)", (99999,)),
+        ]
+        return {"stem": stem, "blocks": blocks}
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one, or by the identity for 0 classes."""
-        self.num_classes = num_classes
-        self.config = self.config.replace(num_classes=num_classes)
-        head = _classifier(self.num_features, num_classes)
-        self.head = head.to(self.pos_embed).apply(_init)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in backward instead of keeping their activations."""
-        self.grad_checkpointing = enable
+    def fuse(self) -> Self:
+        """Return a copy for inference with layer scales folded away; equal up to rounding."""
+        fused = copy.deepcopy(self).eval()
+        for module in fused.modules():
+            if isinstance(module, _Block):
+                module.fold()
+        return fused.requires_grad_(False)
 
     def _stage(self, x: Tensor, index: int) -> Tensor:
         """Take the image or (B, H, W, C) of the stage before to (B, H, W, C) of this one."""
@@ -251,11 +241,7 @@ class FlowformerVision(Model):
         x = x.flatten(2).mT
         if index == 0:
             x = x + resize_positions(self.pos_embed, (rows, columns))
-        for block in cast(nn.ModuleList, self.stages[index]):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        x = run_blocks(self.stages[index], x, checkpointing=self.grad_checkpointing)
         return x.unflatten(1, (rows, columns))
 
     def key_map(self) -> KeyMap:
@@ -283,10 +269,6 @@ class FlowformerVision(Model):
             rename(f"{ours}gamma", f"{theirs}gamma"),
             *(rename(f"{name}.{k}", f"{name}.{k}") for name in ("norm", "head") for k in kinds),
         )
-
-
-def _classifier(dim: int, classes: int) -> nn.Module:
-    return nn.Linear(dim, classes) if classes else nn.Identity()
 
 
 def _init(module: nn.Module) -> None:

@@ -6,21 +6,20 @@ the layer is a reconstruction. B batch, H and W rows and columns of patches, N =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from manyheads.attention.orchid import OrchidConfig
 from manyheads.config import Config
 from manyheads.layers.grid import resize_positions
 from manyheads.layers.keymap import KeyMap
-from manyheads.models.base import Model, register_variants
+from manyheads.models.base import register_variants
 from manyheads.models.language.orchid_blocks import OrchidBlock, initialise
-from manyheads.models.vision.features import indices_of
+from manyheads.models.vision.base import VisionModel, run_blocks
 
 __all__ = ["OrchidVision", "OrchidVisionConfig"]
 
@@ -77,7 +76,7 @@ class OrchidVisionConfig(Config):
         return OrchidConfig.from_dict(sizes | self.mixer)
 
 
-class OrchidVision(Model):
+class OrchidVision(VisionModel):
     """Vision transformer whose patches, row by row, are mixed by Orchid. Needs training.
 
     O(N log N) in the number of patches. Other image sizes run as far as ``max_length`` reaches;
@@ -91,13 +90,13 @@ class OrchidVision(Model):
 
     config_class: ClassVar[type[Config]] = OrchidVisionConfig
     config: OrchidVisionConfig
+    first_conv = "patch_embed"
 
     def __init__(self, config: OrchidVisionConfig) -> None:
         super().__init__()
         self.config = c = config
         self.num_classes, self.num_features = c.num_classes, c.embed_dim
-        self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info = [
             {"num_chs": c.embed_dim, "reduction": c.patch_size, "module": f"blocks.{i}"}
             for i in range(c.depth)
         ]
@@ -117,74 +116,47 @@ class OrchidVision(Model):
             for i in range(c.depth)
         )
         self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps)
-        self.head: nn.Module = _classifier(c.embed_dim, c.num_classes)
+        self.head = self.make_classifier(c.num_classes)
         nn.init.trunc_normal_(self.pos_embed, std=_INIT_STD)
         initialise(self, _INIT_STD)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify images (B, in_channels, ·, ·): logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised features, (B, N, C)."""
-        x, _ = self._embed(x)
+    def iter_stages(self, x: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Yield the patches (B, N, C) and their rows and columns after every block."""
+        x, grid = self._embed(x)
         for block in self.blocks:
-            x = self._run(block, x)
-        return self.norm(x)
+            x = run_blocks([block], x, checkpointing=self.grad_checkpointing)
+            yield x, grid
+
+    def as_map(self, x: tuple[Tensor, tuple[int, int]]) -> Tensor:
+        return x[0].mT.unflatten(2, x[1])
+
+    def finish(self, x: tuple[Tensor, tuple[int, int]]) -> Tensor:
+        """Return the normalised features, (B, N, C)."""
+        return self.norm(x[0])
+
+    def normalise_map(self, x: Tensor, index: int) -> Tensor:
+        """Return the map of any block with the last norm: all have its channels."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool features (B, N, C) by their mean and classify; ``pre_logits``: pool alone."""
         pooled = x.mean(1)
         return pooled if pre_logits else self.head(pooled)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the features of blocks, as timm does.
+    def make_classifier(self, num_classes: int) -> nn.Module:
+        head = super().make_classifier(num_classes)
+        initialise(head, _INIT_STD)
+        return head
 
-        Args:
-            x: (B, in_channels, ·, ·).
-            indices: blocks, negative ones from the end; a number: the last so many; None: all.
-            norm: normalise them.
-            stop_early: leave out blocks after the last one asked for (with intermediates_only).
-            output_fmt: "NCHW" or "NLC".
-            intermediates_only: do not return the final features.
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
 
-        Raises:
-            ValueError: a block that is not there, or an unknown format.
-        """
-        count = len(self.blocks)
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NLC'")
-        wanted = indices_of(indices, count, what="block")
-        x, grid = self._embed(x)
-        found: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and intermediates_only and i > max(wanted):
-                break
-            x = self._run(block, x)
-            if i in wanted:
-                y = self.norm(x) if norm else x
-                found.append(y.mT.unflatten(2, grid) if output_fmt == "NCHW" else y)
-        return found if intermediates_only else (self.norm(x), found)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a fresh one, or by the identity for 0 classes."""
-        self.num_classes = num_classes
-        self.config = self.config.replace(num_classes=num_classes)
-        self.head = _classifier(self.num_features, num_classes).to(self.pos_embed)
-        initialise(self.head, _INIT_STD)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in backward instead of keeping their activations."""
-        self.grad_checkpointing = enable
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        last = (r"^(?:norm|head)", (99999,))
+        return {
+            "stem": r"^(?:patch_embed|pos_embed)",
+            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), last],
+        }
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Take images to patches (B, N, C), padding sides that do not divide with zeros."""
@@ -197,21 +169,12 @@ class OrchidVision(Model):
         x = x.flatten(2).mT + resize_positions(self.pos_embed, (rows, columns))
         return self.dropout(x), (rows, columns)
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and self.training:
-            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
-        return cast(Tensor, block(x))
-
     def key_map(self) -> KeyMap:
         """Only the mixing layer was published."""
         raise ValueError(
             "OrchidVision has no official checkpoints, only its mixers have official names "
             "(OrchidAttention.load_official): use save() and load()"
         )
-
-
-def _classifier(dim: int, classes: int) -> nn.Module:
-    return nn.Linear(dim, classes) if classes else nn.Identity()
 
 
 register_variants(
