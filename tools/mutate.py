@@ -255,6 +255,27 @@ MUTATIONS = (
         "self.norm = RMSNorm(config.embed_dim, eps=1e-1)\n        self.mixer",
     ),
     Mutation(
+        "quamba: the percentile is that of the last batch",
+        "quamba",
+        "compress/quamba/quantisers.py",
+        "seen if old is None else old + self.momentum * (seen - old)",
+        "seen",
+    ),
+    Mutation(
+        "quamba: the base matrix is turned over",
+        "quamba",
+        "compress/quamba/hadamard.py",
+        "y = base_matrix(base).to(y) @ y",
+        "y = base_matrix(base).mT.to(y) @ y",
+    ),
+    Mutation(
+        "quamba: the kernel's steps have no bias",
+        "quamba",
+        "csrc/int8.cpp",
+        "softplus(load_real(dt + token * E + e, count) * scales[1] + shift)",
+        "softplus(load_real(dt + token * E + e, count) * scales[1])",
+    ),
+    Mutation(
         "sla: the row sums of the softmax are left out of its gradient",
         "sla",
         "attention/block_sparse/op.py",

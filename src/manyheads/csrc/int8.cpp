@@ -16,10 +16,6 @@ namespace {
 
 using namespace manyheads;
 
-inline int width(int64_t c, int64_t last) {
-  return (int)(last - c < kLanes ? last - c : kLanes);
-}
-
 // 16 channels of one token of the convolution, its taps' rows given.
 inline Bytes taps_of(const int8_t *const *rows, const int8_t *weight, const float *bias,
                      int64_t taps, int64_t channels, int64_t c, int count, float in, float out) {
@@ -63,11 +59,55 @@ void rotate(float *y, float *other, const float *matrix, int64_t base, int64_t f
   std::memcpy(y, other, n * sizeof(float));
 }
 
-void encode_row(const float *y, int8_t *codes, int64_t count, float scale) {
-  for (int64_t c = 0; c < count; c += kLanes) {
-    const int some = width(c, count);
-    store_bytes(codes + c, encode(load_some(y + c, some) / scale), some);
+struct Scan {
+  const int8_t *u, *dt, *low, *z;
+  const float *a, *skip, *bias;
+  const uint8_t *mask;
+  float *memory, *out;
+  const float *scales;
+  const int64_t *sizes, *strides;
+};
+
+// 16 channels of group g from v on, all tokens. scratch: 2 D vectors, then B and C of a token.
+template <int kStates>
+void scan_block(const Scan &n, int64_t b, int64_t g, int64_t v, Floats *scratch) {
+  const int64_t N = n.sizes[1], E = n.sizes[2], G = n.sizes[3], R = n.sizes[5], V = E / G;
+  const int64_t D = kStates ? kStates : n.sizes[4], row = R + 2 * G * D, e = g * V + v;
+  const int count = width(v, V);
+  float *memory = n.memory + (b * G + g) * D * V + v;
+  float *key = (float *)(scratch + 2 * D), *query = key + D;
+  // Of a size that is known, states stay in registers.
+  Floats own[kStates ? 2 * kStates : 1];
+  Floats *const rates = kStates ? own : scratch, *const states = rates + D;
+  for (int64_t d = 0; d < D; ++d) {
+    rates[d] = load_some(n.a + (g * D + d) * V + v, count);
+    states[d] = load_some(memory + d * V, count);
   }
+  const Floats shift = load_some(n.bias + e, count), through = load_some(n.skip + e, count);
+  for (int64_t t = 0; t < N; ++t) {
+    const int64_t token = b * N + t;
+    float *to = n.out + token * E + e;
+    if (n.mask && !n.mask[token]) {
+      store_some(to, Floats{}, count);
+      continue;
+    }
+    const int8_t *shared = n.low + token * row + R + g * D;
+    decode_row(shared, n.scales[2], key, D);
+    decode_row(shared + G * D, n.scales[2], query, D);
+    const Floats x = load_real(n.u + token * E + e, count) * n.scales[0];
+    const Floats step = softplus(load_real(n.dt + token * E + e, count) * n.scales[1] + shift);
+    const Floats scaled = step * x, exponent = step * kLog2E;
+    Floats y[4] = {through * x};
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < D; ++d) {
+      states[d] = exp2_within(exponent * rates[d]) * states[d] + scaled * key[d];
+      y[d & 3] += states[d] * query[d];
+    }
+    const int8_t *gates = n.z + b * n.strides[0] + t * n.strides[1] + e;
+    const Floats gate = load_real(gates, count) * n.scales[3];
+    store_some(to, ((y[0] + y[1]) + (y[2] + y[3])) * gate * logistic(gate), count);
+  }
+  for (int64_t d = 0; d < D; ++d) store_some(memory + d * V, states[d], count);
 }
 
 std::vector<int32_t> totals_of(const int8_t *x, int64_t row, int64_t rows, int64_t count) {
@@ -139,48 +179,18 @@ void int8_scan(const int8_t *u, const int8_t *dt, const int8_t *low, const int8_
                const float *a, const float *skip, const float *bias, const uint8_t *mask,
                float *memory, float *out, const float *scales, const int64_t *sizes,
                const int64_t *strides) {
-  const int64_t N = sizes[1], E = sizes[2], G = sizes[3], D = sizes[4], R = sizes[5], V = E / G;
-  const int64_t blocks = (V + kLanes - 1) / kLanes, total_width = R + 2 * G * D;
-  const int64_t tasks = sizes[0] * G * blocks;
-#pragma omp parallel num_threads(sizes[6]) if (tasks > 1 && N * E * D > 65536)
+  const Scan n{u, dt, low, z, a, skip, bias, mask, memory, out, scales, sizes, strides};
+  const int64_t blocks = (sizes[2] / sizes[3] + kLanes - 1) / kLanes, D = sizes[4];
+  const int64_t tasks = sizes[0] * sizes[3] * blocks;
+  auto *run = D == 16 ? scan_block<16> : D == 8 ? scan_block<8> : scan_block<0>;
+#pragma omp parallel num_threads(sizes[6]) if (tasks > 1 && sizes[1] * sizes[2] * D > 65536)
   {
-    std::vector<float> shared(2 * D);
+    std::vector<char> room((2 * D + 1) * sizeof(Floats) + 2 * D * sizeof(float));
+    auto *scratch = (Floats *)(((uintptr_t)room.data() + sizeof(Floats) - 1) / sizeof(Floats) *
+                               sizeof(Floats));
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task) {
-      const int64_t v = task % blocks * kLanes, g = task / blocks % G, b = task / blocks / G;
-      const int64_t e = g * V + v;
-      const int count = width(v, V);
-      const float *rates = a + g * D * V + v;
-      float *state = memory + (b * G + g) * D * V + v;
-      const Floats shift = load_some(bias + e, count), through = load_some(skip + e, count);
-      for (int64_t t = 0; t < N; ++t) {
-        const int64_t token = b * N + t;
-        float *to = out + token * E + e;
-        if (mask && !mask[token]) {
-          store_some(to, Floats{}, count);
-          continue;
-        }
-        const int8_t *key = low + token * total_width + R + g * D, *query = key + G * D;
-        for (int64_t d = 0; d < D; ++d) {
-          shared[d] = key[d] * scales[2];
-          shared[D + d] = query[d] * scales[2];
-        }
-        const Floats x = load_real(u + token * E + e, count) * scales[0];
-        const Floats step = softplus(load_real(dt + token * E + e, count) * scales[1] + shift);
-        const Floats scaled = step * x, exponent = step * kLog2E;
-        Floats y = through * x;
-        for (int64_t d = 0; d < D; ++d) {
-          const Floats next = exp2_within(exponent * load_some(rates + d * V, count)) *
-                                  load_some(state + d * V, count) +
-                              scaled * shared[d];
-          store_some(state + d * V, next, count);
-          y += next * shared[D + d];
-        }
-        const Floats gate =
-            load_real(z + b * strides[0] + t * strides[1] + e, count) * scales[3];
-        store_some(to, y * gate * logistic(gate), count);
-      }
-    }
+    for (int64_t task = 0; task < tasks; ++task)
+      run(n, task / blocks / sizes[3], task / blocks % sizes[3], task % blocks * kLanes, scratch);
   }
 }
 
@@ -234,10 +244,8 @@ void int8_mamba_step(const float *x, const int8_t *in_weight, const float *in_bi
     }
     one_row(x_weight, scales + 4, nullptr, E, low_width, u.data(), nullptr, low.data(), threads);
     one_row(dt_weight, scales + 5, nullptr, R, E, low.data(), nullptr, dt.data(), threads);
-    for (int64_t i = 0; i < G * D; ++i) {
-      key[i] = low[R + i] * scales[7];
-      query[i] = low[R + G * D + i] * scales[7];
-    }
+    decode_row(low.data() + R, scales[7], key.data(), G * D);
+    decode_row(low.data() + R + G * D, scales[7], query.data(), G * D);
     for (int64_t e = 0; e < E; e += kLanes) {
       const int count = width(e, E);
       const Floats input = load_real(u.data() + e, count) * scales[3];

@@ -25,7 +25,20 @@ static inline Bytes load_bytes(const int8_t *from, int count) {
   return v;
 }
 
-static inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
+// GCC converts bytes one by one unless it is told the instruction or shown a loop.
+static inline Ints widen(Bytes v) {
+#ifdef MANYHEADS_VNNI
+  return (Ints)_mm512_cvtepi8_epi32((__m128i)v);
+#else
+  int8_t from[kLanes];
+  int32_t to[kLanes];
+  std::memcpy(from, &v, sizeof from);
+  for (int i = 0; i < kLanes; ++i) to[i] = from[i];
+  Ints wide;
+  std::memcpy(&wide, to, sizeof wide);
+  return wide;
+#endif
+}
 static inline Floats real(Ints v) { return __builtin_convertvector(v, Floats); }
 
 static inline Floats load_real(const int8_t *from, int count) {
@@ -46,7 +59,33 @@ static inline Bytes encode(Floats x) {
   return __builtin_convertvector(code, Bytes);
 }
 
-static inline void store_bytes(int8_t *to, Bytes v, int count) { std::memcpy(to, &v, count); }
+static inline void store_bytes(int8_t *to, Bytes v, int count) {
+  if (count == kLanes) {
+    std::memcpy(to, &v, kLanes);
+  } else {
+    std::memcpy(to, &v, count);
+  }
+}
+
+static inline int width(int64_t c, int64_t last) {
+  return (int)(last - c < kLanes ? last - c : kLanes);
+}
+
+// The codes of `count` numbers.
+static inline void encode_row(const float *y, int8_t *codes, int64_t count, float scale) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const int some = width(c, count);
+    store_bytes(codes + c, encode(load_some(y + c, some) / scale), some);
+  }
+}
+
+// The values of `count` codes.
+static inline void decode_row(const int8_t *from, float scale, float *to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int some = width(i, count);
+    store_some(to + i, load_real(from + i, some) * scale, some);
+  }
+}
 
 // sums[m][o] = row m of x times row o of w, for 1 or 4 rows of x and 16 of w.
 #ifdef MANYHEADS_VNNI

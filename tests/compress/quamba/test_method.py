@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
+from manyheads.choose.flops import count_flops
 from manyheads.compress import Plan, list_procedures
 from manyheads.compress.quamba import Int8Mamba, Quamba, SimulatedMamba, calibrate
 from manyheads.models.language.mamba import MambaForCausalLM, MambaLMConfig
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
+from manyheads.native import library
 
 CONFIG = MambaLMConfig(embed_dim=24, num_layers=2, vocab_size=50, state_dim=5)
 
@@ -156,3 +158,19 @@ def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(ValueError, match=r"layers.1.mixer: .*NaN"):
         Quamba().plan(original, batches())
     assert not original.layers[0].mixer._forward_pre_hooks
+
+
+def test_operations_are_counted_as_those_of_the_float_block() -> None:
+    wide = MambaForCausalLM(MambaLMConfig(embed_dim=96, num_layers=1, vocab_size=50)).eval()
+    small = Quamba(report_batches=0, hadamard=False).plan(wide, batches(1)).apply(wide)
+    tokens, mixers = torch.randn(1, 7, 96), [m.layers[0].mixer for m in (wide, small)]
+    with torch.no_grad():
+        whole, held = (count_flops(m, tokens).total for m in mixers)
+        assert held == whole
+        states = [m.init_state(1) for m in mixers]
+        token = tokens[:, 0]
+        whole, held = (
+            count_flops(m.step, token, s).total for m, s in zip(mixers, states, strict=True)
+        )
+    if library("int8") is not None:
+        assert abs(held - whole) / whole < 0.01

@@ -211,7 +211,7 @@ class Int8Mamba(SequenceMixer):
         xz = int8_linear(h, self.in_proj, products[0:1], bias=self._in_bias(), codes=True)
         u, z = xz.chunk(2, -1)
         window = state.conv.mT
-        wide = torch.cat((window, u), 1)
+        before = u
         u = int8_conv(u, window[:, 1:], self.conv, conv_bias, conv_scales)
         low = int8_linear(u, self.x_proj, products[1:2], codes=True)
         dt = int8_linear(low[..., : c.rank], self.dt_proj, products[2:3], codes=True)
@@ -224,9 +224,11 @@ class Int8Mamba(SequenceMixer):
         codes = encode_output(y, scales[5:6], self.hadamard)
         out = int8_linear(codes, self.out_proj, products[3:4], bias=self._out_bias())
         keep = c.conv_size
+        length = x.shape[1]
         if moved is None:
-            last = wide[:, wide.shape[1] - keep :].clone()
+            last = torch.cat((window[:, length:], before[:, max(length - keep, 0) :]), 1)
         else:
+            wide = torch.cat((window, before), 1)
             ends = moved.front.sum(1, keepdim=True) + torch.arange(keep, device=x.device)
             last = wide.gather(1, ends[..., None].expand(-1, -1, wide.shape[-1]))
             out = moved.scatter(out.masked_fill(~moved.front[..., None], 0))
