@@ -83,3 +83,38 @@ def test_backbones_with_two_heads() -> None:
     assert model.eval()(torch.randn(1, 3, 96, 96)).shape == (1, 3)
     assert type(timm.create_model("efficientformer_l1")).__module__.startswith("timm")
     assert "mobilevig_ti" in timm.list_models("mobilevig*")
+
+
+@pytest.mark.parametrize("name", ["manyheads_poolformer_s12", "manyheads_efficientformer_l1"])
+def test_a_step_of_timms_training_loop(name) -> None:
+    """Model, optimiser, schedule, mixup, loss and averaged weights as timm's train script makes
+    them."""
+    from timm.data import Mixup
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3
+
+    sizes = {"depths": (1, 1, 1, 2), "embed_dims": (16, 24, 32, 40), "img_size": 64}
+    model = timm.create_model(name, pretrained=False, num_classes=5, drop_path_rate=0.1, **sizes)
+    optimizer = create_optimizer_v2(
+        model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.75
+    )
+    schedule, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=3, warmup_epochs=1)
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=5)
+    averaged = ModelEmaV3(model, decay=0.9)
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for epoch in range(2):
+        schedule.step(epoch + 1)
+        images, target = mixup(torch.randn(8, 3, 64, 64), torch.randint(5, (8,)))
+        optimizer.zero_grad()
+        SoftTargetCrossEntropy()(model.train()(images), target).backward()
+        optimizer.step()
+        averaged.update(model)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == names
+    groups = [p for g in optimizer.param_groups for p in g["params"]]
+    assert len(groups) == len(names)
+    assert len({g["lr_scale"] for g in optimizer.param_groups}) > 3
+    assert averaged(torch.randn(1, 3, 64, 64)).shape == (1, 5)

@@ -175,3 +175,48 @@ def test_two_processes_are_one(tmp_path) -> None:
         words = ("--data", "data", "--model-options", sizes, "--out", name, "--devices", devices)
         assert vision(*words, *more) == 0
     assert_equal_to_rounding(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_teacher_is_followed(kind, tmp_path) -> None:
+    """With all the weight on a teacher the student learns what it says, not the labels."""
+    root = write_folder(tmp_path / "photos", count=6)
+    assert vision("--data", root, "--out", "teacher", "--steps", 40) == 0
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    for old, new in (("cat", "dog"), ("dog", "owl"), ("owl", "cat")):
+        (root / old).rename(swapped / new)
+    words = ("--data", swapped, "--teacher", "teacher", "--distillation", kind)
+    assert vision(*words, "--teacher-weight", 1, "--steps", 40, "--out", "student") == 0
+    # Held-out labels are the swapped ones: a student of the teacher gets them wrong.
+    assert figures(tmp_path / "teacher")["test_accuracy"] > 0.9
+    assert figures(tmp_path / "student")["test_accuracy"] < 0.3
+
+
+def test_two_classifiers_learn_apart(tmp_path) -> None:
+    root = write_folder(tmp_path / "photos", count=6)
+    assert vision("--data", root, "--out", "teacher", "--steps", 6) == 0
+    sizes = '{"depths": [1, 1, 1, 2], "embed_dims": [16, 24, 32, 40]}'
+    words = ["train", "vision", "--data", str(root), "--model", "efficientformer_l1",
+             "--model-options", sizes, "--image-size", "64", "--batch-size", "4", "--steps", "6",
+             "--eval-every", "6", "--teacher", "teacher", "--out"]  # fmt: skip
+    assert main([*words, "hard"]) == 0
+    assert main([*words, "soft", "--distillation", "soft", "--temperature", "2"]) == 0
+    model = load_model("hard")
+    assert not torch.equal(model.head.weight, model.head_dist.weight)
+    assert main(["predict", "hard", str(root)]) == 0
+
+
+def test_a_teacher_of_other_classes_is_refused_before_any_work(tmp_path, capsys) -> None:
+    first = write_folder(tmp_path / "first")
+    other = write_folder(tmp_path / "other", classes=("ant", "bee"))
+    assert vision("--data", first, "--out", "teacher", "--steps", 6) == 0
+    capsys.readouterr()
+    assert vision("--data", other, "--teacher", "teacher", "--out", "student") == 2
+    assert "train it on images of the same classes" in capsys.readouterr().err
+    assert vision("--data", other, "--teacher", "nothing", "--out", "student") == 2
+    assert "holds no run of 'train vision'" in capsys.readouterr().err
+    assert not (tmp_path / "student").exists()
+    for flag, value in (("--teacher-weight", 1.5), ("--temperature", 0)):
+        assert vision("--data", first, flag, value, "--out", "student") == 2
+        assert flag[2:].replace("-", "_") in capsys.readouterr().err

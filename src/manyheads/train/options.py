@@ -450,6 +450,11 @@ class VisionOptions(TrainOptions):
         erase: probability of erasing a rectangle of a training image.
         ema: decay of the averaged weights that are judged and kept; 0 keeps the last ones.
         drop_path: rate of stochastic depth (default: the model's).
+        teacher: folder of another run of train vision, on images of the same classes, to learn
+          from beside the labels; models with two classifiers keep one for it.
+        distillation: learn the teacher's likeliest class (hard) or its probabilities (soft).
+        teacher_weight: share of the loss that is the teacher's.
+        temperature: that soft logits are divided by.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -483,9 +488,17 @@ class VisionOptions(TrainOptions):
     erase: float = 0.0
     ema: float = 0.0
     drop_path: float | None = None
+    teacher: str | None = None
+    distillation: str = field(default="hard", metadata={"choices": ("hard", "soft")})
+    teacher_weight: float = 0.5
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight is {self.teacher_weight}: give a share from 0 to 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}: give a number above 0")
         for name in ("test_fraction", "crop", "least_area"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share above 0, up to 1")

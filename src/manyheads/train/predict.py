@@ -15,6 +15,7 @@ from manyheads.data.images import SUFFIXES, open_image
 from manyheads.errors import require_extra
 from manyheads.models.base import load_model
 from manyheads.train.options import PredictOptions
+from manyheads.train.vision_data import read_description
 
 __all__ = ["PredictOptions", "predict", "run"]
 
@@ -55,13 +56,8 @@ def predict(options: PredictOptions, skipped: list[str]) -> Iterator[dict[str, A
     from timm.data import create_transform
 
     folder = Path(options.run)
-    try:
-        described = json.loads((folder / "data.json").read_text())
-        names, channels = described["class_names"], described["in_channels"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(
-            f"{str(folder)!r} holds no run of 'train vision': give the folder of one"
-        ) from None
+    described = read_description(folder)
+    names, channels = described["class_names"], described["in_channels"]
     paths = _paths(options.images)
     model = load_model(folder).eval()
     make = create_transform(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.data.images import ImageData, ImageSplit, load_images, open_image
-from manyheads.models.base import create_model, get_variant
+from manyheads.models.base import create_model, get_variant, load_model
 from manyheads.models.vision.base import VisionModel
+from manyheads.models.vision.two_heads import TwoHeadModel
+from manyheads.train.distillation import distillation_loss
 from manyheads.train.files import write_json
 from manyheads.train.launch import launch
 from manyheads.train.loop import (
@@ -32,7 +35,14 @@ from manyheads.train.loop import (
 from manyheads.train.options import VisionOptions
 from manyheads.train.report import results
 from manyheads.train.stop import StopRequest
-from manyheads.train.vision_data import ImageBatches, Images, mixing, statistics, transform
+from manyheads.train.vision_data import (
+    ImageBatches,
+    Images,
+    mixing,
+    read_description,
+    statistics,
+    transform,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -45,6 +55,7 @@ class Prepared(NamedTuple):
 
     data: ImageData
     changes: dict[str, Any]
+    teacher_size: int | None = None
 
 
 def run(options: VisionOptions) -> int:
@@ -80,7 +91,25 @@ def prepare(options: VisionOptions) -> Prepared:
             raise ValueError(
                 f"mixup and cutmix pair images: {part} at once is odd, give an even one"
             )
-    return Prepared(data, changes)
+    return Prepared(data, changes, teacher_size(options, data))
+
+
+def teacher_size(options: VisionOptions, data: ImageData) -> int | None:
+    """Return the side of the teacher's images, None without one, checked against these images.
+
+    Raises:
+        ValueError: no run there, or one on other classes or channels.
+    """
+    if options.teacher is None:
+        return None
+    described = read_description(Path(options.teacher))
+    for key, ours in (("class_names", list(data.class_names)), ("in_channels", data.in_channels)):
+        if described[key] != ours:
+            raise ValueError(
+                f"teacher {options.teacher!r} has {key} {described[key]}, the images {ours}: "
+                "train it on images of the same classes"
+            )
+    return described["image_size"]
 
 
 class Procedure(Protocol):
@@ -116,7 +145,7 @@ def train(
     procedure: Procedure | None = None,
 ) -> dict[str, Any]:
     """Train in this process, alone or beside others; returns the results."""
-    data, changes = prepared
+    data, changes, side = prepared
     with open_folder(fabric, options, {"sha256": data.sha256}) as folder:
         # Set up.
         if fabric.is_global_zero:
@@ -127,6 +156,11 @@ def train(
             fine_tune(model, options.weights, len(data.class_names))
         if procedure is not None:
             procedure.begin(model)
+        teacher = None
+        if side is not None:
+            teacher = load_teacher(options, side).to(fabric.device)
+            if isinstance(model, TwoHeadModel) and model.config.distillation:
+                model.set_distilled_training()
         shadow = copy.deepcopy(model) if options.ema else None
         seed_process(fabric, options.seed)
         batches: Batches = ImageBatches(
@@ -139,7 +173,9 @@ def train(
             rank=fabric.global_rank,
             world_size=fabric.world_size,
         )
-        objective: Callable[[nn.Module, Any], Tensor] = partial(loss, smoothing=options.smoothing)
+        objective: Callable[[nn.Module, Any], Tensor] = partial(
+            loss, options=options, teacher=teacher
+        )
         if procedure is not None:
             batches, objective = procedure.batches(batches), procedure.loss
         still = transform(options, data.in_channels, training=False)
@@ -229,11 +265,45 @@ def fine_tune(model: Any, weights: Any, num_classes: int) -> None:
         model.reset_classifier(num_classes)
 
 
-def loss(module: nn.Module, batch: Images, *, smoothing: float) -> Tensor:
-    """Return the mean cross entropy, in nats; mixed labels are smoothed already."""
-    logits = module(batch.images).float()
-    soft = batch.labels.ndim == 2
-    return F.cross_entropy(logits, batch.labels, label_smoothing=0.0 if soft else smoothing)
+class Teacher(nn.Module):
+    """A trained model that reads the student's images, at its own size, without gradients."""
+
+    def __init__(self, model: nn.Module, size: int) -> None:
+        super().__init__()
+        self.model, self.size = model.eval().requires_grad_(False), (size, size)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K) of images (B, C, H, W)."""
+        if tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images)
+
+
+def load_teacher(options: VisionOptions, size: int) -> Teacher:
+    """Return the model of the run that ``--teacher`` names."""
+    return Teacher(load_model(str(options.teacher)), size)
+
+
+def loss(
+    module: nn.Module, batch: Images, *, options: VisionOptions, teacher: nn.Module | None = None
+) -> Tensor:
+    """Return the mean cross entropy, in nats, with the teacher's part; mixed labels are smooth."""
+    logits = module(batch.images)
+    if teacher is None:
+        smoothing = 0.0 if batch.labels.ndim == 2 else options.smoothing
+        return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
+    # A model with one classifier learns from both with it.
+    own, other = logits if isinstance(logits, tuple) else (logits, logits)
+    return distillation_loss(
+        (own.float(), other.float()),
+        batch.labels,
+        teacher(batch.images).float(),
+        kind=options.distillation,  # type: ignore[arg-type]
+        weight=options.teacher_weight,
+        temperature=options.temperature,
+        smoothing=options.smoothing,
+    )
 
 
 def accuracy(

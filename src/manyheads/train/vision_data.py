@@ -5,9 +5,11 @@ B batch, C channels, H and W rows and columns.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from manyheads.data.seeding import epoch_indices
 from manyheads.errors import require_extra
 from manyheads.train.options import VisionOptions
 
-__all__ = ["ImageBatches", "Images", "mixing", "transform"]
+__all__ = ["ImageBatches", "Images", "mixing", "read_description", "transform"]
 
 
 class Images(NamedTuple):
@@ -48,6 +50,21 @@ def transform(options: VisionOptions, in_channels: int, *, training: bool) -> An
         auto_augment=None if options.augment == "none" else options.augment,
         re_prob=options.erase,
     )  # fmt: skip
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return what a run of ``train vision`` says of its images: classes, channels, sizes, ...
+
+    Raises:
+        ValueError: the folder holds no such run.
+    """
+    try:
+        described = json.loads((folder / "data.json").read_text())
+        if {"class_names", "in_channels", "image_size", "mean", "std", "crop"} <= set(described):
+            return described
+    except (OSError, ValueError, TypeError):
+        pass
+    raise ValueError(f"{str(folder)!r} holds no run of 'train vision': give the folder of one")
 
 
 def statistics(in_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
