@@ -95,7 +95,7 @@ VERBS: dict[str, Verb] = {
         "manyheads.train.predict:run",
     ),
     "bench": Verb(
-        "time every mechanism against softmax and write results/bench.json",
+        "time every mechanism against softmax, or backbones with --vision, and write results/",
         "manyheads.choose.bench:BenchOptions",
         "manyheads.choose.bench:run",
     ),

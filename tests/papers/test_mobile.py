@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manyheads.papers import mobile
+from manyheads.choose import mobile
 from manyheads.papers.mobilevig import nearest_differences
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from manyheads.choose.mobile import PHONE, has_onnx, measure_eager, measure_onnx
 from manyheads.choose.timing import forward, interleaved
 from manyheads.models import create_model
 from manyheads.papers.base import Check, Claim, Measurement, Paper
-from manyheads.papers.mobile import PHONE, has_onnx, measure_eager, measure_onnx
 
 __all__ = ["PAPER"]
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from manyheads.attention.grid.svga import svga, svga_reference
 from manyheads.choose.memory import peak_memory
+from manyheads.choose.mobile import PHONE, build, has_onnx, measure_eager, measure_onnx
 from manyheads.choose.timing import forward, interleaved
 from manyheads.papers.base import Check, Claim, Measurement, Paper
-from manyheads.papers.mobile import PHONE, build, has_onnx, measure_eager, measure_onnx
 
 __all__ = ["PAPER"]
 
