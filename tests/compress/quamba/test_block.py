@@ -205,3 +205,12 @@ def test_scales_stay_float32_and_weights_int8() -> None:
     assert small.in_proj.dtype == torch.int8
     assert small(torch.randn(1, 4, 8).half()).dtype == torch.float16
     assert not list(small.parameters())
+
+
+def test_a_block_is_one_graph() -> None:
+    _, small = block(BLOCKS[0])
+    x, state = torch.randn(2, 9, 8), small.init_state(2)
+    whole = torch.compile(small, fullgraph=True, backend="aot_eager")
+    step = torch.compile(small.step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(x), small(x))
+    assert torch.equal(step(x[:, 0], state)[0], small.step(x[:, 0], state)[0])
