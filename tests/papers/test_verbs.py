@@ -67,7 +67,7 @@ def test_wrong_names_are_told_before_anything_is_measured(capsys, monkeypatch) -
     monkeypatch.setattr(verbs, "run_claim", measured)
     assert main(["claims", "gla", "arren", "--out", "none"]) == 2
     assert "did you mean 'aaren'" in capsys.readouterr().err
-    assert main(["claims", "gla", "masa", "--out", "none"]) == 2
+    assert main(["claims", "gla", "smith", "--out", "none"]) == 2
     assert "not in the library yet" in capsys.readouterr().err
     assert main(["papers", "*xyz*"]) == 2
     assert "*xyz*" in capsys.readouterr().err
@@ -114,5 +114,5 @@ def test_patterns_list_papers(capsys) -> None:
 
 
 def test_a_paper_to_come_says_so(capsys) -> None:
-    assert main(["papers", "masa"]) == 0
+    assert main(["papers", "smith"]) == 0
     assert "not in the library yet" in capsys.readouterr().out

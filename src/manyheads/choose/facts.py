@@ -77,7 +77,7 @@ def facts(name: str) -> dict[str, Any]:
 def _table(found: list[dict[str, Any]]) -> str:
     from manyheads.choose.table import text_table
 
-    header = ("name", "direction", "state", "positions", "exact", "cost of a pass", "paper")
+    header = ("name", "direction", "state", "places", "exact", "cost of a pass", "paper")
     rows = [
         (
             f["name"],
@@ -101,7 +101,7 @@ def _table(found: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "direction: both = bidirectional, a token sees all; cross = queries and keys that differ.",
-        "state: numbers for decoding, per head of 64 after 4,096 tokens. positions: outside = the",
+        "state: numbers for decoding, per head of 64 after 4,096 tokens. places: outside = the",
         "model must add them. exact: softmax attention itself, not another function.",
         "One in full: manyheads list NAME. Measured on this machine: manyheads choose.",
     ]
@@ -110,13 +110,13 @@ def _table(found: list[dict[str, Any]]) -> str:
 
 def _direction(f: dict[str, Any]) -> str:
     words = {"causal": "causal", "bidirectional": "both", "cross": "cross"}
-    return ", ".join(word for use, word in words.items() if f[use])
+    return " ".join(word for use, word in words.items() if f[use])
 
 
 def _state(f: dict[str, Any]) -> str:
     if not f["decodes"]:
         return "-"
-    kind = "constant" if f["constant_state"] else "grows"
+    kind = "fixed" if f["constant_state"] else "grows"
     return f"{kind}, {f['state_numbers']:,}"
 
 
