@@ -115,14 +115,15 @@ def shrink_section() -> str:
                 [
                     record["model"].removeprefix("builtin:"),
                     row["name"],
+                    record["data"]["judged on"].removeprefix("builtin:"),
                     *(f"{100 * row[k] / first[k]:.0f} %" for k in _SHARES),
                     f"{quality['name']}: {before['value']:.3f} → {quality['value']:.3f}",
                 ]
             )
     if not rows:
         return "Not measured yet: `python tools/shrink_results.py` writes results/shrink.\n"
-    header = ["model", "method", "parameters", "bytes", "time", "quality"]
-    return "\n".join([*markdown(header, rows, left=2), ""])
+    header = ["model", "method", "judged on", "parameters", "bytes", "time", "quality"]
+    return "\n".join([*markdown(header, rows, left=3), ""])
 
 
 _SHARES = ("parameters", "weight_bytes", "forward_ms")
