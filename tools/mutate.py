@@ -272,8 +272,8 @@ MUTATIONS = (
         "quamba: the kernel's steps have no bias",
         "quamba",
         "csrc/int8.cpp",
-        "softplus(load_real(dt + token * E + e, count) * scales[1] + shift)",
-        "softplus(load_real(dt + token * E + e, count) * scales[1])",
+        "softplus(load_real(n.dt + token * E + e, count) * n.scales[1] + shift)",
+        "softplus(load_real(n.dt + token * E + e, count) * n.scales[1])",
     ),
     Mutation(
         "sla: the row sums of the softmax are left out of its gradient",
