@@ -141,6 +141,11 @@ def test_a_plan_is_written_and_applied(lm: Path, text: Path, tmp_path: Path) -> 
     assert shrink(lm, "--method", "llm-drop", "--drop-attention", 1, *common) == 0
     assert Plan.load(plan).method == "llm-drop"
     assert shrink(lm, *common, "--out", tmp_path / "out") == 0
+    assert shrink(lm, *common, "--method", "int8") == 2
+    assert shrink(lm, *common, "--budget", "bytes=0.5") == 2
+    new = ("--calibrate", text, "--plan", tmp_path / "two.json")
+    assert shrink(lm, "--method", "int8", "--then", "llm-drop mlp=1", *new) == 2
+    assert not (tmp_path / "two.json").exists()
     other = MixerLM(MixerLMConfig(embed_dim=32, num_heads=2, mixers="softmax*4"))
     other.save(tmp_path / "other")
     assert shrink(tmp_path / "other", *common, "--out", tmp_path / "no") == 2
@@ -241,10 +246,44 @@ def test_a_full_disk_leaves_nothing(lm: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         save_model(model, tmp_path / "out", write_more=full)
     assert [p.name for p in tmp_path.iterdir()] == ["lm"]
+    save_model(model, tmp_path / "beside")
+    (tmp_path / "beside" / "mine.txt").write_text("mine")
+    save_model(model, tmp_path / "beside", overwrite=True)
+    assert (tmp_path / "beside" / "mine.txt").read_text() == "mine"
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
         save_model(model, tmp_path / "taken")
+
+
+def test_a_setting_that_the_model_does_not_bear_is_left_out(
+    text: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from manyheads.compress.llm_drop import LLMDrop
+
+    source, out = llama(tmp_path / "llama"), tmp_path / "out"
+    real = LLMDrop.candidates
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LLMDrop, "candidates", lambda model, given: [*real(model, given), {"attention": 3}]
+        )
+        code = shrink(source, "--method", "llm-drop", "--set", "attention=0", "--calibrate", text,
+                      "--out", out, "--budget", "bytes=0.99")  # fmt: skip
+    assert code == 0
+    assert "llm-drop attention=3 was left out: no attention" in capsys.readouterr().out
+
+
+def test_a_shrunken_model_says_what_it_is_not_saved_with(tmp_path: Path) -> None:
+    from manyheads.compress.llm_drop import LLMDrop
+
+    model = build("llama")
+    smaller: Any = LLMDrop(attention=1).plan(model, batches("llama")).apply(model)
+    with pytest.raises(ValueError, match="without push_to_hub"):
+        smaller.save_pretrained(tmp_path / "out", push_to_hub=True)
+    smaller.save_pretrained(tmp_path / "out", state_dict=None, is_main_process=False)
+    assert not (tmp_path / "out").exists()
+    smaller.save_pretrained(tmp_path / "out", safe_serialization=True)
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_cache_bytes_are_of_kept_attentions() -> None:

@@ -17,7 +17,15 @@ from torch import nn
 from manyheads.compress.steps import describe, is_stock, restructure, steps_of
 from manyheads.errors import require_extra
 
-__all__ = ["Opened", "load_model", "open_model", "save_model"]
+__all__ = [
+    "Opened",
+    "build",
+    "check_empty",
+    "load_model",
+    "open_model",
+    "save_model",
+    "weight_bytes",
+]
 
 _WEIGHTS = "model.safetensors"
 # Beside the weights in a transformers folder: what its tokenizer and its preprocessing need.
@@ -199,7 +207,7 @@ def save_model(
         model: shrunken, or not.
         out: a folder that does not exist, or is empty.
         companions: a folder whose tokenizer and preprocessing files go along.
-        overwrite: replace what is there.
+        overwrite: replace files of the same names in a folder that holds others too.
         write_more: called with the folder before it appears, for what belongs into it.
 
     Raises:
@@ -219,9 +227,11 @@ def save_model(
                     shutil.copy2(Path(companions) / name, draft / name)
         if write_more is not None:
             write_more(draft)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.replace(target)
+        if target.exists():  # what else lies there is not ours to remove
+            for made in draft.iterdir():
+                os.replace(made, target / made.name)
+        else:
+            draft.replace(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target

@@ -100,12 +100,23 @@ class _Saves:
 
     _manyheads_saves = True
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, **options: Any
+    ) -> None:
         from manyheads.compress.files import save_model
 
-        save_model(self, save_directory, overwrite=True)  # type: ignore[arg-type]
+        refused = {k for k, v in options.items() if k not in _SAVED and v}
+        if refused:
+            raise ValueError(
+                f"a shrunken model is saved without {', '.join(sorted(refused))}: it is written "
+                "whole, as safetensors"
+            )
+        if is_main_process:
+            save_model(self, save_directory, overwrite=True)  # type: ignore[arg-type]
 
 
+# What transformers' Trainer hands over and changes nothing: weights are the model's own.
+_SAVED = {"max_shard_size", "safe_serialization", "save_function", "state_dict", "token"}
 _CLASSES: dict[type, type] = {}
 
 

@@ -122,7 +122,7 @@ def _transcribed(folder: Path) -> list[tuple[Path, str]]:
 
 def _numbers(folder: Path) -> list[tuple[Path, str]]:
     """Spoken numbers: their file names are what is said (other prompts' are abbreviations)."""
-    said = [p for p in (folder / "digits").glob("*.wav") if re.fullmatch(r"\d+|[a-z]+", p.stem)]
+    said = (folder / "digits").glob("*.wav")
     keep = [p for p in said if p.stem.isdigit() or p.stem in _WORDS]
     return [(path, path.stem) for path in sorted(keep, key=lambda p: (len(p.stem), p.stem))]
 

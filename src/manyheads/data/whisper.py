@@ -7,7 +7,9 @@ are one matrix there and three here; key biases are zero in Whisper and absent h
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -176,11 +178,10 @@ def whisper_folder() -> Path:
     target = cache / "whisper-tiny.en"
     if not (target / "config.json").is_file():
         draft = target.with_name(f".{target.name}.part-{os.getpid()}")
-        write_whisper(draft)
         try:
-            draft.rename(target)
-        except OSError:  # another process was first
-            import shutil
-
+            write_whisper(draft)
+            with contextlib.suppress(OSError):  # another process was first
+                draft.rename(target)
+        finally:
             shutil.rmtree(draft, ignore_errors=True)
     return target

@@ -49,6 +49,7 @@ class Feed:
         tokenizer: of the folder, None where the model reads bytes, images or sound.
         vocab: how many tokens the model knows, 0 where it reads none.
         extractor: of features out of sound.
+        image_name: the model's name for its images.
         size: of images, (channels, height, width).
         length: tokens a piece.
         batch: pieces a batch.
@@ -58,6 +59,7 @@ class Feed:
     tokenizer: Any = None
     vocab: int = 0
     extractor: Any = None
+    image_name: str = "x"
     size: tuple[int, int, int] | None = None
     length: int = 256
     batch: int = 8
@@ -142,7 +144,6 @@ class Feed:
 
         assert self.size is not None
         channels, height, width = self.size
-        name = "pixel_values" if self.extractor == "transformers" else "x"
         out = []
         for at in range(0, len(images), self.batch):
             rows = []
@@ -150,7 +151,7 @@ class Feed:
                 opened = open_image(image, channels).resize((width, height))
                 array = np.asarray(opened, dtype=np.float32).reshape(height, width, channels)
                 rows.append(torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1))
-            out.append({name: torch.stack(rows)})
+            out.append({self.image_name: torch.stack(rows)})
         return out
 
     def _speech(self, source: str, samples: int) -> list[dict[str, Tensor]]:
@@ -200,7 +201,8 @@ def feed_for(opened: Opened, *, length: int, batch: int) -> Feed:
     kind = kind_of(model)
     common: dict[str, Any] = {"kind": kind, "batch": batch}
     if kind == "image":
-        return Feed(size=_image_size(model), extractor=opened.library, length=0, **common)
+        name = "pixel_values" if opened.library == "transformers" else "x"
+        return Feed(size=_image_size(model), image_name=name, length=0, **common)
     if opened.library != "transformers":
         vocab = int(model.config.vocab_size)
         if vocab != 256:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _acts_on_caches(options: ShrinkOptions) -> bool:
         methods = [Plan.load(options.plan).method]
     else:
         methods = [step.method for step in read_steps(options)]
-    return any(getattr(get_procedure(m), "acts_on_cache", False) for m in methods)
+    return any(get_procedure(m).acts_on_cache for m in methods)
 
 
 def _own_texts(feed: Feed, source: str, samples: int) -> list[dict[str, Tensor]]:
@@ -189,26 +190,35 @@ def search(job: Job, *, tell: Tell) -> tuple[nn.Module | None, list[Plan], Repor
     kept = _Kept(Path(f"{options.out}.search.json") if options.out else None, _key(job))
     base = job.task.quality(job.model)
     rows: list[Measured] = []
+    tried: dict[str, list[Step]] = {}
+    refused = ""
     for number, settings in enumerate(candidates):
         steps = [Step(first.method, settings), *rest]
         name = ", then ".join(s.text for s in steps)
         tell(number / len(candidates), name)
         found = kept.get(name)
         if found is None:
-            model, _ = apply_steps(job, steps)
+            try:
+                model, _ = apply_steps(job, steps)
+            except ValueError as error:  # this model does not bear this setting; others it may
+                refused = f"{name} was left out: {error}"
+                job.notes.append(refused)
+                continue
             qualities = {"original": base, name: job.task.quality(model)}
             found = _measure(job, {"original": job.model, name: model}, qualities, None)
             kept.put(name, found)
-        rows = [*(rows or found[:1]), found[1]]
         # Runs differ in speed between candidates: time is kept as a share of that run's original.
-        rows[-1] = _rescaled(found, rows[0])
+        rows = rows or found[:1]
+        rows.append(_rescaled(found, rows[0]))
+        tried[name] = steps
+    if not rows:
+        raise ValueError(refused)
     report = _report(job, rows, [])
     report.budget = options.budget
     report.chosen = recommend(report, *budget)
     if report.chosen is None:
         return None, [], report
-    settings = candidates[[r.name for r in rows[1:]].index(report.chosen)]
-    model, plans = apply_steps(job, [Step(first.method, settings), *rest])
+    model, plans = apply_steps(job, tried[report.chosen])
     report.plans = [p.report() for p in plans]
     report.loads = loading(model, options.out)
     return model, plans, report
@@ -238,9 +248,9 @@ def loading(model: nn.Module, out: str) -> str:
             return f"from transformers import {name}\nmodel = {name}.from_pretrained({out!r})"
         return (
             "import manyheads.bridges.transformers  # the stock class cannot express this model\n"
-            f"from transformers import AutoConfig\nfrom manyheads.compress import load_model\n"
+            f"from manyheads.compress import load_model\n"
             f"model = load_model({out!r})  # or the Auto class of its task"
-        ).replace("from transformers import AutoConfig\n", "")
+        )
     return f"from manyheads.compress import load_model\nmodel = load_model({out!r})"
 
 
@@ -258,8 +268,6 @@ def _measure(
 
 
 def _rescaled(found: Sequence[Measured], original: Measured) -> Measured:
-    from dataclasses import replace
-
     by = original.forward_ms / found[0].forward_ms
     row = found[1]
     token = None
@@ -292,7 +300,12 @@ def _key(job: Job) -> dict[str, Any]:
     kept = job.options.to_dict()
     for name in ("out", "json", "list", "budget", "repeats"):
         kept.pop(name)
-    return {"options": kept, "model": fingerprint(job.model)}
+    data = hashlib.sha256()
+    for batch in job.calibration:
+        for name, tensor in batch.items():
+            data.update(name.encode())
+            data.update(tensor.contiguous().numpy().tobytes())
+    return {"options": kept, "model": fingerprint(job.model), "calibration": data.hexdigest()[:16]}
 
 
 class _Kept:

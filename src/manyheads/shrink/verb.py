@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from manyheads.compress.files import check_empty, save_model
-from manyheads.compress.procedure import get_procedure, list_procedures
+from manyheads.compress.procedure import Plan, get_procedure, list_procedures
 from manyheads.errors import require_extra
 from manyheads.shrink.options import ShrinkOptions, read_budget, read_steps
 
@@ -33,7 +33,11 @@ def run(options: ShrinkOptions) -> int:
     for module in ("rich", "matplotlib"):
         require_extra(module, "choose", "manyheads shrink")
     has_plan = bool(options.plan) and Path(str(options.plan)).is_file()
-    if not has_plan:
+    if has_plan:
+        _check_plan(options)
+    elif options.plan and options.then:
+        raise ValueError("a plan is of one method: leave out --then, or --plan")
+    else:
         read_steps(options)
     read_budget(options.budget)
     if options.out:
@@ -82,6 +86,15 @@ def run(options: ShrinkOptions) -> int:
         if not options.json:
             print(f"\nwritten: {options.out} (report/report.html)\n{report.loads}")
     return 0
+
+
+def _check_plan(options: ShrinkOptions) -> None:
+    """Raise ``ValueError`` where a plan that is there contradicts the other options."""
+    method = Plan.load(str(options.plan)).method
+    if options.method not in ("", method):
+        raise ValueError(f"{options.plan!r} is a plan of {method}, not of {options.method}")
+    if options.then or options.budget:
+        raise ValueError(f"{options.plan!r} is applied as it is: leave out --then and --budget")
 
 
 def _quiet_transformers() -> None:
