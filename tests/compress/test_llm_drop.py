@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,24 @@ def test_shared_layers_run_fewer_times(tmp_path: Path) -> None:
     save_model(smaller, tmp_path / "out")
     again = AlbertModel.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(output(again, data[0]), output(smaller, data[0]), rtol=0, atol=0)
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(find_spec("rxnmapper") is None, reason="rxnmapper is not installed")
+def test_rxnmapper_shares_its_layers() -> None:
+    from manyheads.compress import open_model
+    from manyheads.data.packages import package_folder
+
+    package = package_folder("rxnmapper", "--no-deps rxnmapper", "its ALBERT")
+    model: Any = open_model(
+        package / "models" / "transformers" / "albert_heads_8_uspto_all_1310k"
+    ).model
+    data = [{"input_ids": torch.randint(20, 500, (2, 20))}]
+    with pytest.raises(ValueError, match="the 12 layers of AlbertForMaskedLM share"):
+        LLMDrop(attention=1).plan(model, data)
+    smaller: Any = LLMDrop(blocks=3).plan(model, data).apply(model)
+    assert smaller.config.num_hidden_layers == 9
+    assert not torch.equal(output(smaller, data[0]), output(model, data[0]))
 
 
 @pytest.mark.parametrize(

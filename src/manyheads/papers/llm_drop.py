@@ -29,11 +29,14 @@ def measure(progress: Callable[[str], None]) -> Measurement:
     from manyheads.compress.llm_drop import LLMDrop, LLMDropConfig, measure_similarities
     from manyheads.data.lee import load_lee
     from manyheads.data.packages import minilm_folder
+    from manyheads.shrink.data import feed_for
+    from manyheads.shrink.quality import embed
 
     opened = open_model(minilm_folder())
     model, lee = opened.model, load_lee()
-    documents = _batches(opened.folder, list(lee.documents))
-    calibration = _batches(opened.folder, list(lee.background)[:_SENTENCES])
+    feed = feed_for(opened, length=128, batch=_BATCH)
+    documents = feed.sentences(list(lee.documents))
+    calibration = feed.sentences(list(lee.background)[:_SENTENCES])
     progress("measuring similarities")
     smaller: dict[str, nn.Module] = {"full": model}
     for n in _DROPS:
@@ -43,10 +46,11 @@ def measure(progress: Callable[[str], None]) -> Measurement:
             smaller[f"{kind} {n}"] = plan.apply(model)
     smaller["attention all"] = LLMDrop(attention=6).plan(model, calibration).apply(model)
     progress("judging on the Lee documents")
-    quality = {
-        name: lee.correlation(torch.cat([_embed(m, b) for b in documents]))
-        for name, m in smaller.items()
-    }
+    with torch.no_grad():
+        quality = {
+            name: lee.correlation(torch.cat([embed(m, b) for b in documents]))
+            for name, m in smaller.items()
+        }
     progress("timing")
     batch = {k: v[:8] for k, v in calibration[0].items()}  # short calls, so that many fit
     names = ["full", "attention all", *(f"attention {n}" for n in _DROPS)]
@@ -107,30 +111,6 @@ def measure(progress: Callable[[str], None]) -> Measurement:
             "language models of 32 to 80 layers",
         ),
     )
-
-
-def _batches(folder: Any, lines: list[str]) -> list[dict[str, Tensor]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    out = []
-    for at in range(0, len(lines), _BATCH):
-        found = tokenizer(
-            lines[at : at + _BATCH],
-            padding=True,
-            truncation=True,
-            max_length=128,
-            return_tensors="pt",
-        )
-        out.append({"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]})
-    return out
-
-
-def _embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        hidden: Tensor = model(**batch).last_hidden_state
-    mask = batch["attention_mask"][..., None].to(hidden)
-    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def _scoring(model: nn.Module, batches: list[dict[str, Tensor]], score: Any) -> Timings:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manyheads.compress.minilm.files import mean_pool
 from manyheads.shrink.data import Feed
 
-__all__ = ["Quality", "Task", "task_for"]
+__all__ = ["Quality", "Task", "embed", "task_for", "transcribe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,8 +279,7 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the mean of the last hidden states over real tokens, (B, C)."""
     found: Any = model(**batch)
     hidden: Tensor = found.last_hidden_state if hasattr(found, "last_hidden_state") else found[0]
-    mask = batch["attention_mask"][..., None].to(hidden)
-    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return mean_pool(hidden, batch["attention_mask"])
 
 
 def _pieces(

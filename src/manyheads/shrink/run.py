@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.choose.machine import machine_facts
+from manyheads.choose.units import show_bytes
 from manyheads.compress.files import Opened, open_model
 from manyheads.compress.procedure import Plan, fingerprint, get_procedure
 from manyheads.compress.steps import is_stock
@@ -164,6 +165,13 @@ def shrink(job: Job, *, tell: Tell) -> tuple[nn.Module, list[Plan], Report]:
     rows = _measure(job, models, qualities, tell)
     report = _report(job, rows, plans)
     report.chosen, report.loads = name, loading(result, options.out)
+    for plan in plans:
+        held, full = (plan.measured.get(k) for k in ("cache_bytes", "cache_bytes_full"))
+        if held and full:
+            report.notes.append(
+                f"{plan.method}: the cache held {show_bytes(held)} where the whole is "
+                f"{show_bytes(full)} (after the calibration's pieces, the first half as prompt)"
+            )
     if rows[1].forward_ms > rows[0].forward_ms:
         report.notes.append(
             f"the result is slower here: {rows[1].forward_ms / rows[0].forward_ms:.2f} times the "
