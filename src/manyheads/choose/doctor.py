@@ -22,6 +22,8 @@ ABSENCE = {
     "data": "no builtin:kjv text, time series, digits or emoji; builtin:python works",
     "vision": "no `manyheads train vision` and `predict`, no entry in timm's registry, no ONNX",
     "transformers": "our models are no transformers models; `manyheads.bridges.transformers`",
+    "audio": "no recordings at other rates and no word error rates in `manyheads shrink`",
+    "compress": 'no golden-section search of quantisation ranges (`estimator="mse_golden"`)',
     "lm-eval": "our models are not measured by lm_eval; `manyheads.bridges.lm_eval`",
     "test": "the tests cannot be run",
 }
