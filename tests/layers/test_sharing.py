@@ -176,7 +176,7 @@ def test_export_is_the_training_model_to_the_bit(coefficients) -> None:
     assert torch.equal(stored[:6](x), expected)
     dense = to_dense(copy.deepcopy(model))
     assert torch.equal(dense(x), expected)
-    assert all(type(m) is nn.Linear for m in dense)
+    assert all(isinstance(m, nn.Linear) for m in dense)
     with torch.no_grad():
         assert torch.equal(model.eval()[:6](x), expected)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from manyheads.layers.activations import activation
+from manyheads.layers.few_rows import Linear
 
 __all__ = ["MLP", "GatedMLP", "PlainMLP", "swiglu_width"]
 
@@ -24,9 +25,9 @@ class GatedMLP(nn.Module):
         self, dim: int, hidden: int, *, activation_name: str = "silu", bias: bool = False
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
-        self.up_proj = nn.Linear(dim, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+        self.gate_proj = Linear(dim, hidden, bias=bias)
+        self.up_proj = Linear(dim, hidden, bias=bias)
+        self.down_proj = Linear(hidden, dim, bias=bias)
         self.act = activation(activation_name)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,8 +39,8 @@ class PlainMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, activation_name: str = "gelu") -> None:
         super().__init__()
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.up_proj = Linear(dim, hidden, bias=False)
+        self.down_proj = Linear(hidden, dim, bias=False)
         self.act = activation(activation_name)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,8 +54,8 @@ class MLP(nn.Module):
         self, dim: int, hidden: int, *, activation_name: str = "gelu", dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
         self.act = activation(activation_name)
         self.dropout = nn.Dropout(dropout)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from manyheads.config import Config
 from manyheads.errors import unknown_name
 from manyheads.layers.activations import activation
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import split_heads
 from manyheads.layers.keymap import KeyMap, constant, rename
 from manyheads.layers.lrpe import LRPE
@@ -82,10 +83,10 @@ class NormedMixer(SequenceMixer):
     def __init__(self, config: NormedMixerConfig, *, gain: float, normed: bool) -> None:
         super().__init__()
         self.config = c = config
-        self.q_proj = nn.Linear(c.embed_dim, c.embed_dim)
-        self.k_proj = nn.Linear(c.embed_dim, c.embed_dim)
-        self.v_proj = nn.Linear(c.embed_dim, c.embed_dim)
-        self.out_proj = nn.Linear(c.embed_dim, c.embed_dim)
+        self.q_proj = Linear(c.embed_dim, c.embed_dim)
+        self.k_proj = Linear(c.embed_dim, c.embed_dim)
+        self.v_proj = Linear(c.embed_dim, c.embed_dim)
+        self.out_proj = Linear(c.embed_dim, c.embed_dim)
         self.lrpe = None
         if c.lrpe:
             self.lrpe = LRPE(c.head_dim, learned=c.learned_angles, householder=c.householder)

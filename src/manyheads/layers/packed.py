@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.mlp import MLP
 
 __all__ = ["PackedLinear", "can_pack", "pack_linears"]
@@ -98,7 +99,7 @@ def pack_linears(module: nn.Module) -> None:
     for parent in list(module.modules()):
         gelu = isinstance(parent, MLP) and parent.act is F.gelu
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Linear):
                 first = gelu and name == "fc1"
                 setattr(parent, name, PackedLinear(child, gelu=first))
                 if first:

@@ -8,12 +8,34 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["no_autocast", "without_autocast"]
+__all__ = ["is_plain_inference", "no_autocast", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def is_plain_inference(*tensors: Tensor) -> bool:
+    """Say whether a kernel may run on tensors unseen by torch.
+
+    They are float32 on the CPU, nothing wants a gradient of them, and nobody traces, transforms,
+    casts or watches what is called.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and all(
+            t.dtype == torch.float32
+            and t.device.type == "cpu"
+            and type(t) in (Tensor, nn.Parameter)
+            for t in tensors
+        )
+    )
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,20 @@ class Library:
 
     def __init__(self, path: str) -> None:
         self._handle = ctypes.CDLL(path)
+        self._bound: dict[str, Any] = {}
+
+    def bind(self, function: str, *, pointers: int, integers: int) -> Callable[..., None]:
+        """Return a function that takes addresses (or None), then integers, as Python's own.
+
+        Unlike a call of the library it checks no tensor, which takes longer than a small kernel.
+        """
+        found: Any = self._bound.get(function)
+        if found is None:
+            found = self._handle[function]  # apart from the one that __call__ uses
+            found.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
+            found.restype = None
+            self._bound[function] = found
+        return found
 
     def __call__(self, function: str, *arguments: Any) -> None:
         """Call ``function`` with tensors (contiguous, on the CPU; or what :func:`pointer` and

@@ -16,6 +16,7 @@ from manyheads.attention.aaren.definition import AarenState, empty_state, prefix
 from manyheads.attention.aaren.op import prefix_attention
 from manyheads.config import Config
 from manyheads.errors import unknown_name
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename, split
 from manyheads.layers.mixer import SequenceMixer
@@ -82,10 +83,10 @@ class AarenAttention(SequenceMixer):
         sizes = {"token": (c.embed_dim,), "per_head": (c.num_heads, c.head_dim)}
         self.query = nn.Parameter(torch.empty(sizes.get(c.query, (c.head_dim,))))
         if c.query == "token":
-            self.q_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=c.bias)
-        self.k_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=c.bias)
-        self.v_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=c.bias)
-        self.out_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=c.bias)
+            self.q_proj = Linear(c.embed_dim, c.embed_dim, bias=c.bias)
+        self.k_proj = Linear(c.embed_dim, c.embed_dim, bias=c.bias)
+        self.v_proj = Linear(c.embed_dim, c.embed_dim, bias=c.bias)
+        self.out_proj = Linear(c.embed_dim, c.embed_dim, bias=c.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

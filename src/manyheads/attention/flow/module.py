@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from manyheads.attention.flow.definition import FlowState, feature_map, flow_step
 from manyheads.attention.flow.op import empty_flow_state, flow, flow_update
 from manyheads.config import Config
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename
 from manyheads.layers.mixer import SequenceMixer
@@ -100,10 +101,10 @@ class FlowAttention(SequenceMixer):
         self.config = c = config
         kv_width = c.kv_heads * c.head_dim
         context = c.embed_dim if c.context_dim is None else c.context_dim
-        self.q_proj = nn.Linear(c.embed_dim, c.width)
-        self.k_proj = nn.Linear(context, kv_width)
-        self.v_proj = nn.Linear(context, kv_width)
-        self.out_proj = nn.Linear(c.width, c.embed_dim if c.out_dim is None else c.out_dim)
+        self.q_proj = Linear(c.embed_dim, c.width)
+        self.k_proj = Linear(context, kv_width)
+        self.v_proj = Linear(context, kv_width)
+        self.out_proj = Linear(c.width, c.embed_dim if c.out_dim is None else c.out_dim)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(

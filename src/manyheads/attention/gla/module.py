@@ -17,6 +17,7 @@ from manyheads.attention.gla.op import gla_update
 from manyheads.config import Config
 from manyheads.layers.activations import activation
 from manyheads.layers.conv import ShortConv
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename
 from manyheads.layers.mixer import SequenceMixer
@@ -116,22 +117,22 @@ class GatedLinearAttention(SequenceMixer):
         self.config = config
         c, groups = config, config.num_heads // config.kv_heads
         kv_key, kv_value = c.key_dim // groups, c.value_dim // groups
-        self.q_proj = nn.Linear(c.embed_dim, c.key_dim, bias=False)
-        self.k_proj = nn.Linear(c.embed_dim, kv_key, bias=False)
-        self.v_proj = nn.Linear(c.embed_dim, kv_value, bias=False)
+        self.q_proj = Linear(c.embed_dim, c.key_dim, bias=False)
+        self.k_proj = Linear(c.embed_dim, kv_key, bias=False)
+        self.v_proj = Linear(c.embed_dim, kv_value, bias=False)
         self.decay_proj = nn.Sequential(
-            nn.Linear(c.embed_dim, c.gate_low_rank, bias=False),
-            nn.Linear(c.gate_low_rank, kv_key),
+            Linear(c.embed_dim, c.gate_low_rank, bias=False),
+            Linear(c.gate_low_rank, kv_key),
         )
         if c.conv_size:
             self.q_conv = ShortConv(c.key_dim, c.conv_size, bias=c.conv_bias)
             self.k_conv = ShortConv(kv_key, c.conv_size, bias=c.conv_bias)
             self.v_conv = ShortConv(kv_value, c.conv_size, bias=c.conv_bias)
         if c.output_gate:
-            self.gate_proj = nn.Linear(c.embed_dim, c.value_dim, bias=False)
+            self.gate_proj = Linear(c.embed_dim, c.value_dim, bias=False)
         head_value = c.value_dim // c.num_heads
         self.norm = RMSNorm(head_value, eps=c.norm_eps, affine=c.norm_affine)
-        self.out_proj = nn.Linear(c.value_dim, c.embed_dim, bias=False)
+        self.out_proj = Linear(c.value_dim, c.embed_dim, bias=False)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -19,6 +19,7 @@ from manyheads.attention.mamba.definition import MambaState, mamba_step
 from manyheads.attention.mamba.op import mamba_update
 from manyheads.config import Config
 from manyheads.layers.conv import ShortConv
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename
 from manyheads.layers.mixer import SequenceMixer
@@ -112,14 +113,14 @@ class MambaMixer(SequenceMixer):
         super().__init__()
         self.config = c = config
         inner = c.inner_dim
-        self.in_proj = nn.Linear(c.embed_dim, 2 * inner, bias=c.proj_bias)
+        self.in_proj = Linear(c.embed_dim, 2 * inner, bias=c.proj_bias)
         self.conv = ShortConv(inner, c.conv_size, bias=c.conv_bias, memory=c.conv_size)
-        self.x_proj = nn.Linear(inner, c.rank + 2 * c.num_heads * c.state_dim, bias=False)
-        self.dt_proj = nn.Linear(c.rank, inner)
+        self.x_proj = Linear(inner, c.rank + 2 * c.num_heads * c.state_dim, bias=False)
+        self.dt_proj = Linear(c.rank, inner)
         rates = torch.arange(1, c.state_dim + 1, dtype=torch.float32)
         self.a_log = nn.Parameter(rates.log().expand(inner, -1).clone())
         self.skip = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, c.embed_dim, bias=c.proj_bias)
+        self.out_proj = Linear(inner, c.embed_dim, bias=c.proj_bias)
         self._init()
 
     @torch.no_grad()

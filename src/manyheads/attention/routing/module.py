@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.attention.routing.config import RoutingConfig
@@ -30,6 +30,7 @@ from manyheads.attention.routing.official import layer_entries, with_averages
 from manyheads.attention.routing.op import routing
 from manyheads.attention.routing.relative import RelativeTables, named_tables
 from manyheads.attention.routing.stream import routing_init, routing_update
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, read_weights
 from manyheads.layers.mixer import SequenceMixer
@@ -66,13 +67,13 @@ class RoutingAttention(SequenceMixer):
         super().__init__()
         self.config = c = config
         dim = c.embed_dim // c.num_heads
-        self.q_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=False)
-        self.k_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=False)
-        self.v_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=False)
-        self.out_proj = nn.Linear(c.embed_dim, c.embed_dim, bias=False)
+        self.q_proj = Linear(c.embed_dim, c.embed_dim, bias=False)
+        self.k_proj = Linear(c.embed_dim, c.embed_dim, bias=False)
+        self.v_proj = Linear(c.embed_dim, c.embed_dim, bias=False)
+        self.out_proj = Linear(c.embed_dim, c.embed_dim, bias=False)
         if c.shares and not c.local:
             self.k_proj.weight.requires_grad_(False)  # official checkpoints hold it unused
-        self.head_proj = nn.Linear(dim, dim, bias=False)
+        self.head_proj = Linear(dim, dim, bias=False)
         self.kmeans = self.strided_kmeans = None
         options: dict[str, Any] = {"decay": c.decay, "beta": c.beta, "ema": c.ema}
         options["mixed_counts"] = c.resolved == "official"

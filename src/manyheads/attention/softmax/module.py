@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.attention.softmax.op import SoftmaxState, softmax, softmax_update
 from manyheads.config import Config
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename, split
 from manyheads.layers.mixer import SequenceMixer
@@ -85,10 +86,10 @@ class SoftmaxAttention(SequenceMixer):
     def __init__(self, config: SoftmaxConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.q_proj = nn.Linear(c.embed_dim, c.num_heads * c.dim, bias=c.bias)
-        self.k_proj = nn.Linear(c.embed_dim, c.kv_heads * c.dim, bias=c.bias)
-        self.v_proj = nn.Linear(c.embed_dim, c.kv_heads * c.dim, bias=c.bias)
-        self.out_proj = nn.Linear(c.num_heads * c.dim, c.embed_dim, bias=c.bias)
+        self.q_proj = Linear(c.embed_dim, c.num_heads * c.dim, bias=c.bias)
+        self.k_proj = Linear(c.embed_dim, c.kv_heads * c.dim, bias=c.bias)
+        self.v_proj = Linear(c.embed_dim, c.kv_heads * c.dim, bias=c.bias)
+        self.out_proj = Linear(c.num_heads * c.dim, c.embed_dim, bias=c.bias)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None

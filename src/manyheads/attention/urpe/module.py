@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.attention.softmax.op import SoftmaxState
 from manyheads.attention.urpe.op import urpe, urpe_update
 from manyheads.config import Config
 from manyheads.errors import unknown_name
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename
 from manyheads.layers.mixer import SequenceMixer
@@ -135,10 +136,10 @@ class URPEAttention(SequenceMixer):
     def __init__(self, config: URPEConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.q_proj = nn.Linear(c.embed_dim, c.num_heads * c.dim)
-        self.k_proj = nn.Linear(c.embed_dim, c.kv_heads * c.dim)
-        self.v_proj = nn.Linear(c.embed_dim, c.kv_heads * c.dim)
-        self.out_proj = nn.Linear(c.num_heads * c.dim, c.embed_dim)
+        self.q_proj = Linear(c.embed_dim, c.num_heads * c.dim)
+        self.k_proj = Linear(c.embed_dim, c.kv_heads * c.dim)
+        self.v_proj = Linear(c.embed_dim, c.kv_heads * c.dim)
+        self.out_proj = Linear(c.num_heads * c.dim, c.embed_dim)
         self.bias = build_table(
             c.bias, c.num_heads, c.max_length,
             buckets=c.bias_buckets, init="normal", beyond=c.beyond,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.sharing.dictionary import AtomDictionary
 from manyheads.layers.sharing.op import shared_linear
 
@@ -25,8 +26,8 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if not 1 <= rank <= min(inputs, outputs):
             raise ValueError(f"rank {rank} must lie between 1 and {min(inputs, outputs)}")
-        self.down = nn.Linear(inputs, rank, bias=False)
-        self.up = nn.Linear(rank, outputs, bias=bias)
+        self.down = Linear(inputs, rank, bias=False)
+        self.up = Linear(rank, outputs, bias=bias)
         with torch.no_grad():  # down keeps variance / 3, as nn.Linear: up brings it back once
             self.up.weight.mul_(3**0.5)
 
@@ -140,10 +141,10 @@ class SharedLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the matrix and bias as they are now."""
+        """Return an ordinary linear layer with the matrix and bias as they are now."""
         weight = self.weight
         dense = nn.utils.skip_init(
-            nn.Linear,
+            Linear,
             weight.shape[1],
             weight.shape[0],
             bias=self.bias is not None,

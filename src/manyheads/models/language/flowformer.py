@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from manyheads.attention.flow import FlowAttention, FlowConfig, FlowState
 from manyheads.config import Config
 from manyheads.errors import nearest, unknown_name
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import KeyMap, rename, tied
 from manyheads.layers.mlp import MLP
 from manyheads.layers.ragged import check_cu_seqlens, check_mask, positions, sequence_ids
@@ -146,7 +147,7 @@ class FlowformerGPT(CausalLM):
             for _ in range(c.num_layers)
         )  # fmt: skip
         self.norm = nn.LayerNorm(c.embed_dim)
-        self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
+        self.head = Linear(c.embed_dim, c.vocab_size, bias=False)
         self.apply(self._init)
         for layer in self.layers:
             # The official code re-draws what it names c_proj: the MLP's output, not attention's.

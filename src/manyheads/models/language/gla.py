@@ -15,6 +15,7 @@ from manyheads.attention.gla import GatedLinearAttention, GLAConfig
 from manyheads.attention.softmax import SoftmaxAttention, SoftmaxConfig
 from manyheads.config import Config
 from manyheads.errors import nearest
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import KeyMap, rename, tied
 from manyheads.layers.mixer import SequenceMixer
 from manyheads.layers.mlp import GatedMLP, swiglu_width
@@ -194,7 +195,7 @@ class GLAForCausalLM(CausalLM):
         self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
         self.layers = nn.ModuleList(_Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.head = Linear(config.embed_dim, config.vocab_size, bias=False)
         self.apply(self._init)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from manyheads.attention.mamba import MambaConfig, MambaLayerState, MambaMixer
 from manyheads.config import Config
 from manyheads.errors import nearest, unknown_name
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import Entry, KeyMap, read_weights, rename
 from manyheads.layers.norms import RMSNorm
 from manyheads.models.base import register_variants
@@ -206,7 +207,7 @@ class MambaForCausalLM(CausalLM):
         self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.head = Linear(config.embed_dim, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight, std=config.init_std)
         with torch.no_grad():
             for layer in self._blocks:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from manyheads.config import Config
 from manyheads.errors import unknown_name
 from manyheads.layers.absolute import sinusoidal
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import KeyMap
 from manyheads.layers.mixer import SequenceMixer
 from manyheads.layers.mlp import GatedMLP, PlainMLP, swiglu_width
@@ -225,7 +226,7 @@ class MixerLM(CausalLM):
         ]
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
-        self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
+        self.head = Linear(c.embed_dim, c.vocab_size, bias=False)
         initialise(self, blocks)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight

@@ -17,6 +17,7 @@ from manyheads.attention.routing import RoutingAttention
 from manyheads.attention.routing.official import kernel, layer_entries, with_averages
 from manyheads.config import Config
 from manyheads.layers.activations import activation
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import KeyMap, read_weights, rename
 from manyheads.layers.ragged import positions
 from manyheads.models.base import register_variants
@@ -39,10 +40,10 @@ class _FeedForward(nn.Module):
         super().__init__()
         c = config
         self.gated, self.rate = c.mlp == "geglu", c.mlp_dropout
-        self.up_proj = nn.Linear(c.embed_dim, c.mlp_width, bias=not self.gated)
-        self.down_proj = nn.Linear(c.mlp_width, c.embed_dim, bias=not self.gated)
+        self.up_proj = Linear(c.embed_dim, c.mlp_width, bias=not self.gated)
+        self.down_proj = Linear(c.mlp_width, c.embed_dim, bias=not self.gated)
         if self.gated:
-            self.gate_proj = nn.Linear(c.embed_dim, c.mlp_width, bias=False)
+            self.gate_proj = Linear(c.embed_dim, c.mlp_width, bias=False)
         self.act = activation("gelu_tanh" if self.gated else "relu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,10 +109,10 @@ class RoutingLM(CausalLM):
         super().__init__()
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.embed_proj = nn.Linear(c.width, c.embed_dim)
+        self.embed_proj = Linear(c.width, c.embed_dim)
         self.layers = nn.ModuleList(_Block(c, i) for i in range(c.num_layers))
-        self.head_in = None if c.width == c.embed_dim else nn.Linear(c.embed_dim, c.width)
-        self.head = nn.Linear(c.width, c.vocab_size)
+        self.head_in = None if c.width == c.embed_dim else Linear(c.embed_dim, c.width)
+        self.head = Linear(c.width, c.vocab_size)
         nn.init.normal_(self.embed.weight, std=c.width**-0.5)
 
     @property

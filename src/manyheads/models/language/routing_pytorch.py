@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from manyheads.attention.routing import SphericalKMeans, blocked_local, spherical_routing
 from manyheads.config import Config
 from manyheads.errors import nearest
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, constant, convert, read_weights, rename, tied
 from manyheads.layers.rotary import apply_rotary, rotary_angles
@@ -159,7 +160,7 @@ class _Attention(nn.Module):
         inner = self.routed * c.head_dim
         self.local_proj = None
         if self.local:
-            self.local_proj = nn.Linear(c.embed_dim, 3 * self.local * c.head_dim)
+            self.local_proj = Linear(c.embed_dim, 3 * self.local * c.head_dim)
         self.kmeans = self.memory_key = self.memory_value = None
         if self.routed:
             clusters = c.max_length // c.window
@@ -169,10 +170,10 @@ class _Attention(nn.Module):
             sizes = self.routed, clusters, c.memories, c.head_dim
             self.memory_key = nn.Parameter(torch.randn(sizes))
             self.memory_value = nn.Parameter(torch.randn(sizes))
-        self.q_proj = nn.Linear(c.embed_dim, inner, bias=False)
-        self.v_proj = nn.Linear(c.embed_dim, inner, bias=False)
-        self.k_proj = None if c.shares else nn.Linear(c.embed_dim, inner, bias=False)
-        self.out_proj = nn.Linear(c.num_heads * c.head_dim, c.embed_dim, bias=False)
+        self.q_proj = Linear(c.embed_dim, inner, bias=False)
+        self.v_proj = Linear(c.embed_dim, inner, bias=False)
+        self.k_proj = None if c.shares else Linear(c.embed_dim, inner, bias=False)
+        self.out_proj = Linear(c.num_heads * c.head_dim, c.embed_dim, bias=False)
 
     def forward(
         self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor]
@@ -220,8 +221,8 @@ class _Block(nn.Module):
         self.rate, self.gated = config.mlp_dropout, config.gated
         self.mixer_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mixer = _Attention(config, layer)
-        self.up_proj = nn.Linear(dim, 4 * dim * (2 if config.gated else 1))
-        self.down_proj = nn.Linear(4 * dim, dim)
+        self.up_proj = Linear(dim, 4 * dim * (2 if config.gated else 1))
+        self.down_proj = Linear(4 * dim, dim)
 
     def forward(
         self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor]
@@ -260,11 +261,11 @@ class RoutingTransformerLM(Model):
         self.embed = nn.Embedding(c.vocab_size, c.width)
         nn.init.normal_(self.embed.weight, std=0.02)
         projected = c.width != c.embed_dim
-        self.in_proj = nn.Linear(c.width, c.embed_dim) if projected else None
-        self.out_proj = nn.Linear(c.embed_dim, c.width) if projected else None
+        self.in_proj = Linear(c.width, c.embed_dim) if projected else None
+        self.out_proj = Linear(c.embed_dim, c.width) if projected else None
         self.layers = nn.ModuleList(_Block(c, i) for i in range(c.num_layers))
         self.norm = nn.LayerNorm(c.width)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=not c.tie_embeddings)
+        self.head = Linear(c.width, c.vocab_size, bias=not c.tie_embeddings)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
 

@@ -17,6 +17,7 @@ from manyheads.attention.urpe.module import TableKind, build_table
 from manyheads.config import Config
 from manyheads.errors import nearest, unknown_name
 from manyheads.layers.activations import activation
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import KeyMap, rename, tied
 from manyheads.layers.ragged import check_mask
 from manyheads.layers.relative import Beyond, RelativeTable
@@ -146,8 +147,8 @@ class _Layer(nn.Module):
             )
         )
         self.attention_norm = nn.LayerNorm(c.embed_dim, eps=_NORM_EPS)
-        self.up_proj = nn.Linear(c.embed_dim, c.mlp_width)
-        self.down_proj = nn.Linear(c.mlp_width, c.embed_dim)
+        self.up_proj = Linear(c.embed_dim, c.mlp_width)
+        self.down_proj = Linear(c.mlp_width, c.embed_dim)
         self.mlp_norm = nn.LayerNorm(c.embed_dim, eps=_NORM_EPS)
         self.act = activation(c.activation)
         self.dropout = nn.Dropout(c.dropout)
@@ -192,9 +193,9 @@ class URPEEncoder(Model):
         )  # fmt: skip
         self.layers = nn.ModuleList(_Layer(c) for _ in range(c.num_layers))
         self.dropout = nn.Dropout(c.dropout)
-        self.head_dense = nn.Linear(c.embed_dim, c.embed_dim)
+        self.head_dense = Linear(c.embed_dim, c.embed_dim)
         self.head_norm = nn.LayerNorm(c.embed_dim, eps=_NORM_EPS)
-        self.head = nn.Linear(c.embed_dim, c.vocab_size)
+        self.head = Linear(c.embed_dim, c.vocab_size)
         self.act = activation(c.activation)
         self.apply(self._init)
         if c.tie_embeddings:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manyheads.attention.aaren import AarenAttention, AarenConfig, AarenState
 from manyheads.config import Config
 from manyheads.layers.activations import activation
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import Entry, KeyMap, rename, split
 from manyheads.models.base import Model, register_variants
 
@@ -70,8 +71,8 @@ class AarenLayer(Model):
         self.attention = AarenAttention(
             AarenConfig(embed_dim=c.embed_dim, num_heads=c.num_heads, bias=c.bias, query=c.query)
         )
-        self.linear1 = nn.Linear(c.embed_dim, c.ff_dim, bias=c.bias)
-        self.linear2 = nn.Linear(c.ff_dim, c.embed_dim, bias=c.bias)
+        self.linear1 = Linear(c.embed_dim, c.ff_dim, bias=c.bias)
+        self.linear2 = Linear(c.ff_dim, c.embed_dim, bias=c.bias)
         self.norm1 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps, bias=c.bias)
         self.norm2 = nn.LayerNorm(c.embed_dim, eps=c.norm_eps, bias=c.bias)
         self.dropout = nn.Dropout(c.dropout)

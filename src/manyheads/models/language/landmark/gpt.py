@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from manyheads.attention.landmark import LandmarkAttention, LandmarkConfig
 from manyheads.config import Config
 from manyheads.errors import nearest
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import Entry, KeyMap, constant, rename, split, tied
 from manyheads.models.base import register_variants
 from manyheads.models.language.landmark.base import LandmarkBlock, LandmarkLM, LandmarkLMConfig
@@ -100,8 +101,8 @@ _AT_INFERENCE = {
 class _MLP(nn.Module):
     def __init__(self, dim: int, *, bias: bool, dropout: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim, bias=bias)
-        self.fc2 = nn.Linear(4 * dim, dim, bias=bias)
+        self.fc1 = Linear(dim, 4 * dim, bias=bias)
+        self.fc2 = Linear(4 * dim, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class LandmarkGPT(LandmarkLM):
         self.embed = nn.Embedding(c.vocab_size, c.embed_dim)
         self.layers = nn.ModuleList(self._block() for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(c.embed_dim, bias=c.bias)
-        self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
+        self.head = Linear(c.embed_dim, c.vocab_size, bias=False)
         self.apply(self._init)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):

@@ -12,6 +12,7 @@ from torch import nn
 from manyheads.attention.landmark import LandmarkAttention, LandmarkConfig
 from manyheads.config import Config
 from manyheads.errors import nearest
+from manyheads.layers.few_rows import Linear
 from manyheads.layers.keymap import KeyMap, constant, rename, tied
 from manyheads.layers.mlp import GatedMLP
 from manyheads.layers.norms import RMSNorm
@@ -125,7 +126,7 @@ class LandmarkLlama(LandmarkLM):
         self.embed = nn.Embedding(c.vocab_size, c.embed_dim)
         self.layers = nn.ModuleList(self._block() for _ in range(c.num_layers))
         self.norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
-        self.head = nn.Linear(c.embed_dim, c.vocab_size, bias=False)
+        self.head = Linear(c.embed_dim, c.vocab_size, bias=False)
         self.apply(self._init)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
