@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from manyheads.attention import (
 from manyheads.choose.memory import peak_memory
 from manyheads.layers.conv import ShortConv
 
+token = importlib.import_module("manyheads.attention.mamba.token")
 OPTIONS = ("skip", "gate", "delta_bias")
 
 
@@ -195,6 +199,71 @@ def test_options_of_the_layer(options) -> None:
     packed = torch.cat((x[0, mask[0]], x[1, mask[1]]))[None]
     both = layer(packed, cu_seqlens=torch.tensor([0, 39, 87]))
     assert_close(both[0], y[mask], 1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_heads": 4, "state_dim": 3},
+        {"expand": 1.5, "dt_rank": 7, "state_dim": 21},
+        {"conv_size": 1},
+        {"conv_bias": False, "proj_bias": True},
+    ],
+    ids=lambda o: next(iter(o), "published"),
+)
+def test_a_token_by_the_kernel_is_a_token_by_torch(options, batch, monkeypatch) -> None:
+    monkeypatch.setattr(token, "_LEAST", 0)
+    layer = MambaMixer(MambaConfig(embed_dim=44, **options))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        exact = copy.deepcopy(layer).double()
+        x = torch.randn(batch, 25, 44)
+        _, state = layer.update(x[:, :21], layer.init_state(batch))
+        _, wide = exact.update(x[:, :21].double(), exact.init_state(batch))
+        for t in range(21, 25):
+            before = [s.clone() for s in state]
+            found = token.block_step(layer, x[:, t], state.conv, state.ssm)
+            assert found is not None
+            y, after = layer.step(x[:, t], state)
+            assert all(torch.equal(a, b) for a, b in zip(found, (y, *after), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+            z, wide = exact.step(x[:, t].double(), wide)
+            for a, b in zip((y, *after), (z, *wide), strict=True):
+                assert a.shape == b.shape
+                assert_close(a, b.float(), 2e-5)
+            state = after
+
+
+@pytest.mark.parametrize("why", ["grad", "double", "hook", "swapped", "rows", "small", "width"])
+def test_who_looks_on_gets_operators_of_torch(why, monkeypatch) -> None:
+    if why != "small":
+        monkeypatch.setattr(token, "_LEAST", 0)
+    layer = MambaMixer(MambaConfig(embed_dim=44))
+    batch = 9 if why == "rows" else 2
+    state, x = layer.init_state(batch), torch.randn(batch, 44)
+    seen: list[Tensor] = []
+    if why == "double":
+        layer, x = layer.double(), x.double()
+        state = layer.init_state(batch)
+    elif why == "hook":
+        layer.x_proj.register_forward_hook(lambda *given: seen.append(given[2]))
+    elif why == "swapped":
+        layer.out_proj = torch.nn.Sequential(layer.out_proj)
+    elif why == "width":
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), torch.no_grad():
+            layer.step(x[:, 1:], state)
+    with torch.set_grad_enabled(why == "grad"):
+        if why == "width":
+            x = x[:, 1:]
+        assert token.block_step(layer, x, state.conv, state.ssm) is None
+        if why == "width":
+            return
+        y, _ = layer.step(x, state)
+    assert y.requires_grad == (why == "grad")
+    assert len(seen) == (why == "hook")
 
 
 def test_the_state_is_the_official_cache() -> None:

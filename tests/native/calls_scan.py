@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from manyheads.attention import MambaState, mamba_step, mamba_update
+from manyheads.attention import MambaConfig, MambaMixer, MambaState, mamba_step, mamba_update
 
 # batch, heads, key heads, length, states, channels
 SHAPES = (
@@ -50,8 +50,24 @@ def inputs(shape: tuple[int, ...], *, seed: int = 0, layout: str = "heads") -> d
     }
 
 
+def tokens_of_blocks() -> Iterator[None]:
+    """Pass a token through blocks large enough for the kernel, of even and odd sizes."""
+    for batch, width, options in (
+        (1, 192, {}),
+        (3, 213, {"num_heads": 3, "state_dim": 21, "proj_bias": True, "expand": 1}),
+        (8, 190, {"conv_size": 1, "conv_bias": False, "dt_rank": 1, "state_dim": 3}),
+    ):
+        layer = MambaMixer(MambaConfig(embed_dim=width, **options))
+        with torch.no_grad():
+            state = layer.init_state(batch)
+            for _ in range(3):
+                _, state = layer.step(torch.randn(batch, width), state)
+        yield
+
+
 def calls() -> Iterator[None]:
     """Do one call after another."""
+    yield from tokens_of_blocks()
     for index, shape in enumerate(SHAPES):
         for layout in ("heads", "tokens", "channels"):
             given = {k: t.float() for k, t in inputs(shape, layout=layout).items()}

@@ -17,7 +17,7 @@ constexpr int kRowSums = 4;  // a vector takes two or four registers
 struct FewRows {
   const float *x, *weight, *bias;  // (rows, inputs), (outputs, inputs), (outputs) or null
   float *out;                      // (rows, outputs)
-  int64_t rows, inputs, outputs;
+  int64_t rows, inputs, outputs, stride;  // from a row of x to the next
 };
 
 // Outputs of a tile: as many sums as registers hold, but no more than 8 streams of weights.
@@ -28,13 +28,13 @@ constexpr int row_outputs(int rows) {
 
 template <int R, int O>
 inline void row_tile(const FewRows &t, int64_t row, int64_t output) {
-  const float *x = t.x + row * t.inputs, *w = t.weight + output * t.inputs;
+  const float *x = t.x + row * t.stride, *w = t.weight + output * t.inputs;
   const int64_t next = O * t.inputs;
   Floats sums[R][O] = {};
   int64_t k = 0;
   for (; k + kLanes <= t.inputs; k += kLanes) {
     Floats left[R];
-    for (int r = 0; r < R; ++r) left[r] = load(x + r * t.inputs + k);
+    for (int r = 0; r < R; ++r) left[r] = load(x + r * t.stride + k);
     for (int o = 0; o < O; ++o) {
       __builtin_prefetch(w + o * t.inputs + k + next, 0, 2);
       const Floats right = load(w + o * t.inputs + k);
@@ -45,7 +45,7 @@ inline void row_tile(const FewRows &t, int64_t row, int64_t output) {
     const int rest = int(t.inputs - k);
     for (int o = 0; o < O; ++o) {
       const Floats right = load(w + o * t.inputs + k, rest);
-      for (int r = 0; r < R; ++r) sums[r][o] += load(x + r * t.inputs + k, rest) * right;
+      for (int r = 0; r < R; ++r) sums[r][o] += load(x + r * t.stride + k, rest) * right;
     }
   }
   for (int r = 0; r < R; ++r)

@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "gates.h"
+#include "rows.h"
 
 namespace {
 
@@ -365,6 +366,83 @@ void scan_step(const float *q, const float *k, const float *x, const float *delt
       y *= gate * logistic(gate);
     }
     store_some(out + pair * V + v, y, count);
+  }
+}
+
+// One token through a whole block. x (B, C); weights (O, K) of in_proj, x_proj, dt_proj, out_proj;
+// taps (E, W); biases of in_proj, convolution and out_proj or null; a_log (E, D), skip (E); window
+// (B, W, E), newest last, and memory (B, E, D), whose next ones are written; out (B, C); scratch
+// B (5 E + R + 2 G D). sizes: B, C, E, G, D, R, W, threads.
+void scan_block_step(const float *x, const float *in_weight, const float *in_bias,
+                     const float *taps, const float *conv_bias, const float *x_weight,
+                     const float *dt_weight, const float *dt_bias, const float *a_log,
+                     const float *skip, const float *out_weight, const float *out_bias,
+                     const float *window, const float *memory, float *next_window,
+                     float *next_memory, float *out, float *scratch, const int64_t *sizes) {
+  const int64_t B = sizes[0], C = sizes[1], E = sizes[2], G = sizes[3], D = sizes[4], R = sizes[5];
+  const int64_t W = sizes[6], V = E / G, low_width = R + 2 * G * D;
+  float *xz = scratch, *u = xz + B * 2 * E, *delta = u + B * E, *y = delta + B * E;
+  float *low = y + B * E;
+  const FewRows in = {x, in_weight, in_bias, xz, B, C, 2 * E, C};
+  const FewRows mix = {u, x_weight, nullptr, low, B, E, low_width, E};
+  const FewRows widen = {low, dt_weight, dt_bias, delta, B, R, E, low_width};
+  const FewRows back = {y, out_weight, out_bias, out, B, E, C, E};
+  const int64_t blocks = (E + kLanes - 1) / kLanes;
+#pragma omp parallel num_threads(sizes[7])
+  {
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t first = blocks * me / team, last = blocks * (me + 1) / team;
+    row_share(in, me, team);
+#pragma omp barrier
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t e = first * kLanes; e < last * kLanes && e < E; e += kLanes) {
+        const int count = (int)shorter(kLanes, E - e);
+        const float *before = window + b * W * E + e;
+        float *after = next_window + b * W * E + e;
+        Floats sums = conv_bias ? load_some(conv_bias + e, count) : Floats{};
+        for (int64_t j = 0; j < W; ++j) {
+          const Floats seen =
+              load_some(j + 1 < W ? before + (j + 1) * E : xz + b * 2 * E + e, count);
+          Floats tap = {};
+          for (int c = 0; c < count; ++c) tap[c] = taps[(e + c) * W + j];
+          sums += tap * seen;
+          store_some(after + j * E, seen, count);
+        }
+        store_some(u + b * E + e, sums * logistic(sums), count);
+      }
+#pragma omp barrier
+    row_share(mix, me, team);
+#pragma omp barrier
+    row_share(widen, me, team);
+#pragma omp barrier
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t e = first * kLanes; e < last * kLanes && e < E; e += kLanes) {
+        const int count = (int)shorter(kLanes, E - e);
+        const Floats input = load_some(u + b * E + e, count);
+        const Floats step = softplus(load_some(delta + b * E + e, count));
+        const Floats scaled = step * input, exponent = step * -kLog2E;
+        Floats read = {};
+        for (int c = 0; c < count; ++c) {  // here the states of a channel are the lanes
+          const float *key = low + b * low_width + R + (e + c) / V * D, *query = key + G * D;
+          const int64_t at = (b * E + e + c) * D;
+          Floats sums = {};
+          for (int64_t d = 0; d < D; d += kLanes) {
+            const int some = (int)shorter(kLanes, D - d);
+            const Floats rate = exp(load_some(a_log + (e + c) * D + d, some));
+            const Floats state =
+                exp2_within(exponent[c] * rate) * load_some(memory + at + d, some) +
+                scaled[c] * load_some(key + d, some);
+            store_some(next_memory + at + d, state, some);
+            sums += state * load_some(query + d, some);
+          }
+          read[c] = sum(sums);
+        }
+        const Floats gate = load_some(xz + b * 2 * E + E + e, count);
+        read += load_some(skip + e, count) * input;
+        store_some(y + b * E + e, read * gate * logistic(gate), count);
+      }
+#pragma omp barrier
+    row_share(back, me, team);
   }
 }
 }

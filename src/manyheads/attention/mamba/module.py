@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from manyheads.attention.mamba.definition import MambaState, mamba_step
 from manyheads.attention.mamba.op import mamba_update
+from manyheads.attention.mamba.token import block_step
 from manyheads.config import Config
 from manyheads.layers.conv import ShortConv
 from manyheads.layers.few_rows import Linear
@@ -177,6 +178,8 @@ class MambaMixer(SequenceMixer):
         return self._mix(x, state, mask)
 
     def step(self, x: Tensor, state: MambaLayerState) -> tuple[Tensor, MambaLayerState]:
+        if (found := block_step(self, x, state.conv, state.ssm)) is not None:
+            return found[0], MambaLayerState(*found[1:])
         (q, k, v, delta, z), conv = self._project(x[:, None], state.conv, None)
         q, k, v, delta, z = (t.squeeze(2) for t in (q, k, v, delta, z))
         rates, skip, bias = self._constants()

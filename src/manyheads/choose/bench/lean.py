@@ -21,7 +21,7 @@ from manyheads.choose.timing import forward, interleaved
 from manyheads.choose.units import show_seconds
 from manyheads.native import library
 
-__all__ = ["LEAN_LENGTHS", "lean_against_sdpa", "lean_case", "lean_text"]
+__all__ = ["LEAN_LENGTHS", "lean_against_sdpa", "lean_case", "lean_text", "memory_reader"]
 
 LEAN_LENGTHS = (4096, 16_384, 65_536, 262_144)
 _QUICK = (512, 1024)
@@ -84,7 +84,7 @@ def lean_case(
     attend = F.scaled_dot_product_attention
     calls: dict[str, Callable[[], Any]] = {
         "lean": forward(lean, query, key, value, lengths=lengths),
-        "read": _reader(store[:used], threads),
+        "read": memory_reader(store[:used], threads),
         "stacked": forward(
             attend, query.view(len(sizes), kv_heads, -1, _DIM), key, value, attn_mask=mask
         ),
@@ -92,7 +92,7 @@ def lean_case(
     }
     if threads > 1 and kv_heads == 1 and not ragged:
         calls["lean, one thread"] = _threaded(forward(lean, query, key, value), 1, threads)
-        calls["read, one thread"] = _reader(store[:used], 1)
+        calls["read, one thread"] = memory_reader(store[:used], 1)
     timings = interleaved(calls, repeats=3 if quick or used > 1 << 28 else 11)
     if timings.stopped == "interrupt":
         raise KeyboardInterrupt
@@ -164,7 +164,8 @@ def _threaded(call: Callable[[], Any], number: int, after: int) -> Callable[[], 
     return run
 
 
-def _reader(numbers: Tensor, threads: int) -> Callable[[], None]:
+def memory_reader(numbers: Tensor, threads: int) -> Callable[[], None]:
+    """Return a loop that adds numbers up: what memory gives to one that does nothing else."""
     kernels = library("lean")
     if kernels is None:
         return _threaded(numbers.sum, threads, torch.get_num_threads())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.attention.mamba import MambaConfig, MambaMixer, selective_scan
+from manyheads.choose.bench.lean import memory_reader
 from manyheads.choose.memory import peak_memory
 from manyheads.choose.timing import Timings, forward, forward_backward, interleaved
 
@@ -34,7 +35,8 @@ def measure_mamba(*, quick: bool, seed: int) -> dict[str, Any]:
     Returns:
         For "scan" and "mixer": "forward" and "train", each with seconds and peak bytes of both
         and their ratios ("times_faster", "times_less_memory"). "step": seconds of a token of the
-        block, of its matrix products alone, and "over_products". Without transformers the
+        block, of a loop that reads as many bytes as its weights and state have ("over_read"), and
+        of its matrix products by torch alone ("over_products"). Without transformers the
         comparisons are missing and "missing" says so.
     """
     lengths = {"forward": 256 if quick else _LENGTH, "train": 64 if quick else _TRAIN_LENGTH}
@@ -105,11 +107,18 @@ def _step(mixer: MambaMixer, *, quick: bool) -> dict[str, Any]:
         for weight, vector in zip(weights, inputs, strict=True):
             F.linear(vector, weight)
 
-    calls = {"step": forward(mixer.step, x, state), "products": forward(products)}
+    held = torch.zeros(sum(t.numel() for t in (*mixer.parameters(), *state)))
+    calls = {
+        "step": forward(mixer.step, x, state),
+        "products": forward(products),
+        "read": memory_reader(held, torch.get_num_threads()),
+    }
     timings = _finished(interleaved(calls, repeats=3 if quick else 21, min_sample_seconds=5e-3))
     return {
         "seconds": {name: t.to_dict() for name, t in timings.items()},
         "weight_bytes": 4 * sum(w.numel() for w in weights),
+        "read_bytes": 4 * held.numel(),
+        "over_read": timings["step"].median / timings["read"].median,
         "over_products": timings["step"].median / timings["products"].median,
     }
 

@@ -34,7 +34,7 @@ def _mamba(part: str, what: str, figure: str) -> Callable[[Summary, dict[str, An
 def _mamba_step(_: Summary, special: dict[str, Any]) -> float | None:
     found = special.get("mamba_against_transformers", {})
     full = found.get("lengths", {}).get("forward") == 2048
-    return found["step"]["over_products"] if full else None
+    return found["step"]["over_read"] if full else None
 
 
 _MAMBA = tuple(
@@ -172,7 +172,7 @@ SEQUENCE_TARGETS = (
     ),
     *_MAMBA,
     Target(
-        what="mamba: a token of the block over its matrix products alone",
+        what="mamba: a token of the block over a plain read of its weights and state",
         bound=2,
         at_least=False,
         unit="x",

@@ -133,9 +133,10 @@ def _special(special: dict[str, Any]) -> str:
 
 def _mamba(found: dict[str, Any]) -> str:
     step = found["step"]
-    seconds = [show_seconds(step["seconds"][n]["median"]) for n in ("step", "products")]
+    seconds = [show_seconds(step["seconds"][n]["median"]) for n in ("step", "read", "products")]
     lines = [
-        f"mamba, a token of the block: {seconds[0]}, of which matrix products {seconds[1]} "
+        f"mamba, a token of the block: {seconds[0]}; a plain read of its weights and state "
+        f"{seconds[1]} ({step['over_read']:.2f}x), its matrix products by torch {seconds[2]} "
         f"({step['over_products']:.2f}x)"
     ]
     rows = []
