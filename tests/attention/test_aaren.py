@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -28,6 +29,7 @@ from manyheads.attention import (
 from manyheads.choose.flops import count_flops
 from manyheads.choose.memory import largest_tensor_numel, peak_memory
 from manyheads.layers.state import state_bytes
+from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 from manyheads.registry import Shape, get_mechanism
 
 FORMS = ("chunked", "recurrent", "scan")
@@ -458,3 +460,49 @@ def test_errors_name_what_is_wrong() -> None:
         AarenConfig(embed_dim=60, num_heads=3, query="tokens")
     with pytest.raises(ValueError, match="not a multiple of num_heads 7"):
         AarenConfig(embed_dim=60, num_heads=7)
+
+
+def test_vectors_are_kept_while_the_weights_stay(monkeypatch) -> None:
+    layer = AarenAttention(AarenConfig(embed_dim=24, num_heads=3, bias=True)).eval()
+    made: list[torch.dtype] = []
+    real = layer._vectors
+    monkeypatch.setattr(layer, "_vectors", lambda dtype: made.append(dtype) or real(dtype))
+    x = torch.randn(2, 5, 24)
+    wanted = layer(x)  # with gradients: made anew
+    with torch.no_grad():
+        assert torch.equal(layer(x), wanted)
+        assert torch.equal(layer(x), wanted)
+        assert len(made) == 2
+        for parameter in (layer.query, layer.q_proj.weight, layer.q_proj.bias, layer.k_proj.weight):
+            parameter.add_(0.5)
+            with torch.enable_grad():
+                wanted = layer(x)
+            before = len(made)
+            assert torch.equal(layer(x), wanted)
+            assert len(made) == before + 1
+        again = copy.deepcopy(layer)
+        assert torch.equal(again(x), wanted)
+        layer.load_state_dict({k: 0.5 * v for k, v in layer.state_dict().items()})
+        assert not torch.allclose(layer(x), wanted)
+        assert torch.equal(again(x), wanted)
+        layer.train()
+        before = len(made)
+        layer(x)
+        layer(x)
+        assert len(made) == before + 2
+
+
+def test_vectors_of_shared_matrices_are_not_kept() -> None:
+    torch.manual_seed(0)
+    config = MixerLMConfig(
+        embed_dim=24, num_heads=3, mixers="aaren*3",
+        sharing={"atoms": 2, "projections": ["query"]},
+    )  # fmt: skip
+    model, tokens = MixerLM(config).eval(), torch.randint(256, (2, 9))
+    with torch.no_grad():
+        before = model(tokens)
+        for name, atoms in model.named_parameters():
+            if "atoms" in name:
+                atoms.mul_(-50)
+        after = model(tokens)
+        assert not torch.allclose(before, after)

@@ -10,25 +10,29 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_plain_inference", "no_autocast", "without_autocast"]
+__all__ = ["is_plain_inference", "is_unwatched_inference", "no_autocast", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def is_plain_inference(*tensors: Tensor) -> bool:
-    """Say whether a kernel may run on tensors unseen by torch.
-
-    They are float32 on the CPU, nothing wants a gradient of them, and nobody traces, transforms,
-    casts or watches what is called.
-    """
+def is_unwatched_inference() -> bool:
+    """Say whether nothing wants gradients, and nobody traces, transforms or watches what runs."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def is_plain_inference(*tensors: Tensor) -> bool:
+    """Say whether a kernel may run on tensors unseen by torch: plain float32 on the CPU, no
+    autocast, and :func:`is_unwatched_inference`."""
+    return (
+        is_unwatched_inference()
+        and not torch.is_autocast_enabled("cpu")
         and all(
             t.dtype == torch.float32
             and t.device.type == "cpu"

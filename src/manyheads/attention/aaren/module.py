@@ -6,7 +6,7 @@ B batch, N length, C embed_dim, H heads, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename, split
 from manyheads.layers.mixer import SequenceMixer
+from manyheads.layers.precision import is_unwatched_inference
 
 __all__ = ["AarenAttention", "AarenConfig"]
 
@@ -87,6 +88,7 @@ class AarenAttention(SequenceMixer):
         self.k_proj = Linear(c.embed_dim, c.embed_dim, bias=c.bias)
         self.v_proj = Linear(c.embed_dim, c.embed_dim, bias=c.bias)
         self.out_proj = Linear(c.embed_dim, c.embed_dim, bias=c.bias)
+        self._made: tuple[Any, tuple[Tensor, Tensor | None]] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -141,22 +143,55 @@ class AarenAttention(SequenceMixer):
 
         In float32 at least, under autocast too: exponentials follow.
         """
-        c = self.config
-        heads = (c.num_heads, c.head_dim)
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            query: Tensor = self.query.to(wide)
-            if c.query == "token":
-                query = F.linear(query, self.q_proj.weight.to(wide)).view(heads)
-                if self.q_proj.bias is not None:
-                    query = query + self.q_proj.bias.to(wide).view(heads)
-            query = query.expand(heads) * c.head_dim**-0.5
-            keys = self.k_proj.weight.to(wide).unflatten(0, heads)
-            vectors = (query[:, None] @ keys).squeeze(1)  # (H, C)
+            vectors, shift = self._kept_vectors(wide)
             scores = F.linear(x.to(wide), vectors)
-            if self.k_proj.bias is not None:
-                scores = scores + (query * self.k_proj.bias.to(wide).view(heads)).sum(-1)
-            return scores
+            return scores if shift is None else scores + shift
+
+    def _vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return W_kᵀ q / sqrt(D), (H, C), and q · b_k / sqrt(D), (H)."""
+        c = self.config
+        heads = (c.num_heads, c.head_dim)
+        query: Tensor = self.query.to(dtype)
+        if c.query == "token":
+            query = F.linear(query, self.q_proj.weight.to(dtype)).view(heads)
+            if self.q_proj.bias is not None:
+                query = query + self.q_proj.bias.to(dtype).view(heads)
+        query = query.expand(heads) * c.head_dim**-0.5
+        keys = self.k_proj.weight.to(dtype).unflatten(0, heads)
+        vectors = (query[:, None] @ keys).squeeze(1)
+        if self.k_proj.bias is None:
+            return vectors, None
+        return vectors, (query * self.k_proj.bias.to(dtype).view(heads)).sum(-1)
+
+    def _kept_vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return the vectors, made once for as long as the weights stay, where none is trained.
+
+        A token then reads half the matrices: queries and keys are in the vectors already.
+        """
+        layers = [self.k_proj, *([self.q_proj] if self.config.query == "token" else [])]
+        sources = [self.query, *(t for m in layers for t in m.parameters())]
+        if (
+            self.training
+            or not is_unwatched_inference()
+            or any(type(m) not in (nn.Linear, Linear) for m in layers)
+            or any(type(t) is not nn.Parameter or t.is_inference() for t in sources)
+        ):
+            return self._vectors(dtype)
+        # Numbers written in place raise a tensor's version; moved ones lie elsewhere.
+        key = (dtype, *((t.data_ptr(), t._version, t.dtype, t.device) for t in sources))
+        if self._made is None or self._made[0] != key:
+            self._made = key, self._vectors(dtype)
+        return self._made[1]
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._made = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}
 
     def key_map(self) -> KeyMap:
         """Names of torch.nn.MultiheadAttention, and ``query``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.layers.few_rows import Linear
+from manyheads.layers.few_rows import Linear, linear
 from manyheads.layers.sharing.dictionary import AtomDictionary
 from manyheads.layers.sharing.op import shared_linear
 
@@ -99,7 +99,7 @@ class SharedLinear(nn.Module):
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return self._factored(x)
         if self.keep and not any(t.is_inference() for t in self._sources()):
-            return F.linear(x, self._kept(), self.bias)
+            return linear(x, self._kept(), self.bias)
         tokens = x.numel() // max(1, x.shape[-1])
         inputs, outputs = self.in_features, self.out_features
         if any(self.ranks) and tokens * (inputs + outputs) > inputs * outputs:
