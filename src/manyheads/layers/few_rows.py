@@ -18,7 +18,7 @@ from manyheads.native import library
 __all__ = ["FEW_ROWS", "Linear", "linear", "quicken"]
 
 FEW_ROWS = 8
-_LEAST = 1 << 16  # numbers of a weight: below, a call costs as much as the product
+_LEAST = 1 << 12  # numbers of a weight: below, a call costs as much as the product
 
 
 class Linear(nn.Linear):
