@@ -262,6 +262,12 @@ def test_quick_forms_of_long_sequences_and_decoding() -> None:
         assert row["read_ratio"] > 1
 
 
+def test_quick_form_of_quickened_decoding() -> None:
+    rows_ = decode.quickened_decode(quick=True, seed=0)
+    assert [r["batch"] for r in rows_] == [1, 2]
+    assert all(r["times_faster"] > 0 and set(r["seconds"]) == {"plain", "quickened"} for r in rows_)
+
+
 def test_a_decoding_state_is_that_of_its_context() -> None:
     model = decode._model("softmax", decode._QUICK)
     with torch.inference_mode():

@@ -63,12 +63,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or weight.numel() < _LEAST
         or (kernel := _kernel()) is None
         or x.shape[-1] != weight.shape[1]
-        or not (x.is_contiguous() and weight.is_contiguous())
+        or not weight.is_contiguous()
         or not (bias is None or bias.is_contiguous())
     ):
         return F.linear(x, weight, bias)
     outputs, inputs = weight.shape
-    rows = x.numel() // inputs
+    rows, x = x.numel() // inputs, x.contiguous()
     out = x.new_empty((*x.shape[:-1], outputs))
     kernel(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(),

@@ -22,6 +22,7 @@ from manyheads.bridges.transformers.modeling import (  # noqa: E402
     ManyheadsModel,
 )
 from manyheads.bridges.transformers.shrunk import ShrunkConfig, register_shrunk  # noqa: E402
+from manyheads.layers.few_rows import quicken  # noqa: E402
 
 __all__ = [
     "ManyheadsCache",
@@ -30,6 +31,7 @@ __all__ = [
     "ManyheadsModel",
     "ShrunkConfig",
     "landmark_from_llama",
+    "quicken",
     "register",
 ]
 

@@ -12,6 +12,8 @@ ratio of what has to be read.
 
 from __future__ import annotations
 
+import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +23,12 @@ import torch
 from manyheads.choose.machine import available_memory
 from manyheads.choose.predict import can_hold
 from manyheads.choose.timing import interleaved
+from manyheads.layers.few_rows import quicken
 from manyheads.layers.state import clone_state, state_bytes
 from manyheads.models.language.causal import LMState
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 
-__all__ = ["RECURRENT", "model_decode"]
+__all__ = ["RECURRENT", "model_decode", "quickened_decode"]
 
 RECURRENT = ("gla", "mamba", "aaren")
 
@@ -57,6 +60,52 @@ def model_decode(*, quick: bool, seed: int) -> list[dict[str, Any]]:
                 if can_hold(int(2.7 * cache), available_memory()):
                     found.append(_row(name, model, cached, batch, sizes, quick=quick))
     return found
+
+
+def quickened_decode(*, quick: bool, seed: int) -> list[dict[str, Any]]:
+    """Time a token of transformers' Llama as it is, and with our linear layers, behind 64 tokens.
+
+    Sizes as above. Nothing is returned where transformers is not installed.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        return []
+    sizes = _QUICK if quick else _Sizes()
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=sizes.width, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, intermediate_size=8 * sizes.width // 3,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    quickened = copy.deepcopy(model)
+    quicken(quickened)
+    found = []
+    for batch in sizes.batches:
+        calls = {n: _token(m, batch) for n, m in (("plain", model), ("quickened", quickened))}
+        timings = interleaved(calls, repeats=3 if quick else 11, min_sample_seconds=1e-3)
+        if timings.stopped == "interrupt":
+            raise KeyboardInterrupt
+        found.append({
+            "model": "LlamaForCausalLM", "batch": batch, "layers": sizes.layers,
+            "width": sizes.width,
+            "seconds": {label: t.to_dict() for label, t in timings.items()},
+            "times_faster": timings["plain"].median / timings["quickened"].median,
+        })  # fmt: skip
+    return found
+
+
+def _token(model: Any, batch: int) -> Callable[[], None]:
+    with torch.no_grad():
+        cache = model(torch.zeros(batch, 64, dtype=torch.long), use_cache=True).past_key_values
+    token = torch.zeros(batch, 1, dtype=torch.long)
+
+    def call() -> None:
+        with torch.no_grad():
+            model(token, cache=cache, use_cache=True)
+        cache.crop(-1)
+
+    return call
 
 
 def _row(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manyheads.choose.bench.decode import model_decode
+from manyheads.choose.bench.decode import model_decode, quickened_decode
 from manyheads.choose.bench.grid import DIRECTIONS, bench_shape, is_linear
 from manyheads.choose.bench.lean import lean_against_sdpa
 from manyheads.choose.bench.mamba import measure_mamba
@@ -28,7 +28,7 @@ from manyheads.registry import get_mechanism, list_mechanisms
 __all__ = ["measure_special"]
 
 
-_OF_SEVERAL = ("streaming", "long_sequences", "model_decode", "memory_kept")
+_OF_SEVERAL = ("streaming", "long_sequences", "model_decode", "quickened_decode", "memory_kept")
 
 
 def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def measure_special(*, quick: bool, seed: int, progress: Progress) -> dict[str, 
         "landmark_training": landmark_training,
         "long_sequences": long_sequences,
         "model_decode": model_decode,
+        "quickened_decode": quickened_decode,
         "lean_against_sdpa": lean_against_sdpa,
         # Last: it changes the process for good.
         "memory_kept": _memory_kept,

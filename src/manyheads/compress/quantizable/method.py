@@ -23,6 +23,7 @@ from manyheads.compress.quantizable.estimators import RangeEstimator, Scheme
 from manyheads.compress.quantizable.int8 import Int8Linear
 from manyheads.config import Config
 from manyheads.errors import unknown_name
+from manyheads.layers.few_rows import Linear
 from manyheads.models.language.quantizable.attention import ActivatedLinear
 
 __all__ = ["Int8", "Int8Config"]
@@ -191,7 +192,7 @@ def _choose(model: nn.Module, skip: tuple[str, ...]) -> tuple[dict[str, nn.Modul
     for path, module in named.items():
         if not (isinstance(module, nn.Linear) or _is_transposed(module)) or not path:
             continue
-        known = type(module) in (nn.Linear, ActivatedLinear) or _is_transposed(module)
+        known = type(module) in (nn.Linear, Linear, ActivatedLinear) or _is_transposed(module)
         if any(fnmatchcase(path, pattern) for pattern in skip):
             left[path] = "skip"
         elif not known:
