@@ -24,7 +24,7 @@ DIGITS = (
 # Six layers of width 192 on the King James Bible, all with the same text, order and steps. The
 # last four have a third of the attention's parameters.
 TEXT = (
-    "lm --data builtin:kjv --embed-dim 192 --num-heads 6 --length 256 --batch-size 16 "
+    "lm --data builtin:kjv --embed-dim 192 --num-heads 6 --length 256 --batch-size 8 "
     "--steps 1000 --threads 1 --mixers"
 )
 THIRD = "--share-attention 2"
@@ -55,7 +55,10 @@ def main() -> int:
         for name in given.names or RUNS:
             run = (given.work or Path(scratch)) / name
             print(f"manyheads train {RUNS[name]}", file=sys.stderr)
-            if manyheads(["train", *shlex.split(RUNS[name]), "--out", str(run)]):
+            code = manyheads(["train", *shlex.split(RUNS[name]), "--out", str(run)])
+            if code >= 128:  # a signal: whoever sent it does not want the next run
+                return code
+            if code:
                 failed.append(name)
                 continue
             record = json.loads((run / "results.json").read_text())
