@@ -24,8 +24,10 @@ from transformers.cache_utils import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from manyheads.bridges.transformers.base import Wrapped
 from manyheads.bridges.transformers.evicting_cache import LAYER, EvictingCache, EvictingLayer
 from manyheads.bridges.transformers.rotation import rotation
+from manyheads.compress.a2sf import own as own_models
 from manyheads.compress.a2sf.policy import CachePolicy
 from manyheads.compress.a2sf.state import EvictionState, Rotate
 
@@ -50,6 +52,11 @@ def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = Non
         ``self_attention_cache`` is one: what the encoder said is never evicted.
     """
     own = _check(model)
+    if isinstance(own, Wrapped):
+        raise ValueError(
+            f"a {type(own).__name__} makes its caches itself: use policy.attach(model), and "
+            "model.new_cache() inside"
+        )
     config = _decoder_config(own)
     rotate: Rotate | None = rotation(model) if policy.rotates else None
     layers: list[Any] = []
@@ -73,6 +80,10 @@ def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = Non
 def attached(policy: CachePolicy, model: nn.Module) -> Iterator[Cache]:
     """Let a model generate within a policy's budget; afterwards it is as before."""
     own = _check(model)
+    if isinstance(own, Wrapped):
+        with own_models.attached(policy, own.model):
+            yield own.new_cache()
+        return
     before, had = own.config._attn_implementation, _take_away(own)
     try:
         cache = new_cache(policy, model)
@@ -96,6 +107,9 @@ def install(policy: CachePolicy, model: nn.Module) -> None:
             cannot be asked who attends to whom.
     """
     own = _check(model)
+    if isinstance(own, Wrapped):
+        own_models.install(policy, own.model)
+        return
     inner = str(own.config._attn_implementation)
     if inner.startswith(_PREFIX):
         inner = inner.removeprefix(_PREFIX)

@@ -1,7 +1,7 @@
 """What every cache policy shares: its budget, its settings, and where it is put to use.
 
 A policy says which cached tokens stay. Its state lives in :mod:`manyheads.compress.a2sf.state`,
-its way into transformers in the bridge.
+its way into our models in :mod:`manyheads.compress.a2sf.own`, into transformers in the bridge.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from manyheads.compress.procedure import Batch, Plan, Procedure
 from manyheads.config import Config
 from manyheads.errors import require_extra
+from manyheads.models.language.causal import CausalLM
 
 __all__ = ["CacheConfig", "CachePolicy", "Split"]
 
@@ -165,22 +166,29 @@ class CachePolicy(Procedure):
         return scores
 
     def attach(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Let a transformers model generate within this budget, inside a ``with``.
+        """Let a model generate within this budget, inside a ``with``.
 
-        **Lossy** once the budget is exceeded. What ``with`` gives is a cache for
-        ``model.generate(..., cache=cache)`` (``past_key_values`` is its old name); ``generate``
-        without one makes a fresh one of the same policy at each call. Afterwards the model is as
-        it was.
+        **Lossy** once the budget is exceeded. Afterwards the model is as it was. Of a
+        transformers model ``with`` gives a cache for ``model.generate(..., cache=cache)``
+        (``past_key_values`` is its old name); ``generate`` without one makes a fresh one of the
+        same policy at each call. Of ours it gives an
+        :class:`~manyheads.compress.a2sf.own.EvictingStates`, which says what the text that was
+        begun last holds: ``generate``, ``init_state``, ``update`` and ``step`` are the model's own.
 
         Args:
             model: of transformers: a causal language model or Whisper, with eager, SDPA or one of
-                our attention functions.
+                our attention functions; or a ``MixerLM`` with softmax, lean, gated or
+                clipped_softmax layers, whose recurrent layers stay as they are.
 
         Raises:
-            ValueError: another attention function, a model whose rotary positions are not known
-                although the policy moves keys.
-            MissingExtraError: transformers is not installed.
+            ValueError: another attention function, a model without a cache that grows, one whose
+                rotary positions are not known although the policy moves keys.
+            MissingExtraError: transformers is not installed, and the model is of it.
         """
+        if isinstance(model, CausalLM):
+            from manyheads.compress.a2sf.own import attached
+
+            return attached(self, model)
         require_extra("transformers", "transformers", f"{type(self).__name__}.attach")
         context: AbstractContextManager[Any] = import_module(_BRIDGE).attached(self, model)
         return context
@@ -194,7 +202,8 @@ class CachePolicy(Procedure):
         """
         from manyheads.compress.a2sf.quality import compare
 
-        require_extra("transformers", "transformers", f"the {self.name} procedure")
+        if not isinstance(model, CausalLM):
+            require_extra("transformers", "transformers", f"the {self.name} procedure")
         reads = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         measured = compare(self, model, calibration) if calibration is not None and reads else {}
         structure = {"policy": self.name, "settings": self.settings.to_dict()}
@@ -208,7 +217,12 @@ class CachePolicy(Procedure):
     @classmethod
     def restructure(cls, structure: dict[str, Any], model: nn.Module) -> nn.Module:
         """Do the same to a freshly built model; there are no weights to change."""
-        require_extra("transformers", "transformers", f"the {cls.name} procedure")
         policy = cls(cls.settings_class.from_dict(structure["settings"]))
+        if isinstance(model, CausalLM):
+            from manyheads.compress.a2sf.own import install
+
+            install(policy, model)
+            return model
+        require_extra("transformers", "transformers", f"the {cls.name} procedure")
         import_module(_BRIDGE).install(policy, model)
         return model

@@ -1,8 +1,8 @@
 """One layer's cache under a policy: what is held, who sees what, and which tokens go.
 
 B batch, H query heads, G key-value heads, N new tokens, n all tokens at hand, D head dim. Heads
-hold different tokens but equally many; ``positions`` says which, counted from the first token
-that the layer saw, padding included.
+hold different tokens but equally many; "position" says which, counted from the first token that
+the layer saw, padding included, unless :meth:`EvictionState.append` is told otherwise.
 """
 
 from __future__ import annotations
@@ -81,11 +81,14 @@ class EvictionState:
         return dequantise(self.held[name], self.held[name + "_scale"], self._kind)
 
     @torch.no_grad()
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key: Tensor, value: Tensor, *, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the keys and values to attend to: those held, then the new ones.
 
         Args:
             key, value: (B, G, N, D), of the new tokens.
+            places: (B, N), their positions, where padding is not counted; always or never.
 
         Raises:
             RuntimeError: the tokens before were never settled.
@@ -101,9 +104,11 @@ class EvictionState:
         self._kind = key.dtype
         if self.budget is None:
             self.budget = self.policy.budget(self.layer, self.prompt or new)
-        places = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=key.device)
+        if places is None:
+            places = torch.arange(self.seen, self.seen + new, device=key.device)[None]
+        places = places[:, None].to(torch.int32)
         tensors = self._stored(key, value)
-        tensors["position"] = places.repeat(batch, groups, 1)
+        tensors["position"] = places.expand(batch, groups, -1).contiguous()
         tensors["valid"] = torch.ones(batch, groups, new, dtype=torch.bool, device=key.device)
         if self.policy.needs_scores:
             kind = torch.promote_types(key.dtype, torch.float32)
@@ -117,7 +122,7 @@ class EvictionState:
         self._now = held.append(fresh)
         keys, values = self._read(self._now, key, value)
         if self.rotate is not None and self._ragged:
-            keys = self._moved(keys, held)
+            keys = self._moved(keys, held, places[:, :, :1].long())
         return keys, values
 
     def mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -218,14 +223,14 @@ class EvictionState:
             pair.append(torch.cat((old, new), 2))
         return pair[0], pair[1]
 
-    def _moved(self, keys: Tensor, held: Entries) -> Tensor:
-        """Turn held keys so that no position is missing between them and the new ones."""
+    def _moved(self, keys: Tensor, held: Entries, first: Tensor) -> Tensor:
+        """Turn held keys so that no position is missing between them and the first new one."""
         assert self.rotate is not None
         # Without padding all but the first tokens are next to each other.
         some = len(held) if self._padded else self.policy.split(len(held)).sink
         valid = held["valid"].long()
         after = valid.flip(-1).cumsum(-1).flip(-1)
-        shift = (self.seen - self._new - after - held["position"])[:, :, :some]
+        shift = (first - after - held["position"])[:, :, :some]
         moved = self.rotate(keys[:, :, :some], shift)
         return torch.cat((moved, keys[:, :, some:]), 2)
 
