@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.compress.files import Opened
+from manyheads.shrink.recall import SOURCE, RecallRun, recall_run
 
 __all__ = ["Feed", "feed_for", "kind_of"]
 
@@ -53,6 +54,7 @@ class Feed:
         size: of images, (channels, height, width).
         length: tokens a piece.
         batch: pieces a batch.
+        recall: the task of a run of ``manyheads train recall``, whose sequences are the only data.
     """
 
     kind: Kind
@@ -63,6 +65,7 @@ class Feed:
     size: tuple[int, int, int] | None = None
     length: int = 256
     batch: int = 8
+    recall: RecallRun | None = None
 
     def batches(self, source: str, *, samples: int) -> list[dict[str, Tensor]]:
         """Return batches of the first ``samples`` pieces of a data source.
@@ -74,12 +77,26 @@ class Feed:
             return self._images(source, samples)
         if self.kind == "speech":
             return self._speech(source, samples)
+        self.check(source)
+        if self.recall is not None:
+            found = self.recall.batches(samples, self.batch, held_out=False)
+            return [{"tokens": batch.inputs} for batch in found]
         from manyheads.data.text import load_text
 
         text = load_text(source).data.decode("utf-8", errors="replace")
         if self.kind == "encoder":
             return self.sentences(_sentences(text, samples))
         return self.chunks(text, samples, source)
+
+    def check(self, source: str) -> None:
+        """Raise ``ValueError`` where one of the model and the data is of recall, the other not."""
+        if self.recall is not None and source not in ("", SOURCE):
+            raise ValueError(
+                f"the model is a run of recall, which knows no other data: give {SOURCE}, not "
+                f"{source!r}"
+            )
+        if self.recall is None and source == SOURCE:
+            raise ValueError(f"{SOURCE} is for folders that 'manyheads train recall' wrote")
 
     def chunks(self, text: str, samples: int, source: str = "the text") -> list[dict[str, Tensor]]:
         """Return pieces of ``length`` tokens of a running text, batched."""
@@ -205,9 +222,13 @@ def feed_for(opened: Opened, *, length: int, batch: int) -> Feed:
         return Feed(size=_image_size(model), image_name=name, length=0, **common)
     if opened.library != "transformers":
         vocab = int(model.config.vocab_size)
+        recall = recall_run(opened.folder)
+        if recall is not None:
+            return Feed(vocab=vocab, length=recall.task.longest, recall=recall, **common)
         if vocab != 256:
             raise ValueError(
-                f"only models of bytes are fed here, and this one knows {vocab} tokens"
+                f"only models of bytes and runs of recall are fed here, and this one knows {vocab} "
+                "tokens"
             )
         return Feed(vocab=vocab, length=length, **common)
     tokenizer = _tokenizer(opened.folder)

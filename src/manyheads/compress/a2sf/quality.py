@@ -21,7 +21,7 @@ from manyheads.models.language.causal import CausalLM
 if TYPE_CHECKING:
     from manyheads.compress.a2sf.policy import CachePolicy
 
-__all__ = ["bits_per_byte", "compare", "continuation_loss"]
+__all__ = ["bits_per_byte", "cache_bytes", "compare", "continuation_loss"]
 
 _NAMES = ("input_ids", "tokens"), ("attention_mask", "mask")
 
@@ -72,7 +72,7 @@ def continuation_loss(
             loss = F.cross_entropy(out.logits[:, -1].float(), ids[:, stop], reduction="none")
             losses.append(loss * (real[:, stop] != 0))
             start, stop = stop, stop + 1
-        held = _bytes(cache)
+        held = cache_bytes(cache)
     return torch.stack(losses, 1), held
 
 
@@ -164,7 +164,10 @@ def _own_loss(
     return scored, held_bytes(state.layers)
 
 
-def _bytes(cache: Any) -> int:
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes that a transformers cache holds, those of an encoder's keys included."""
+    if hasattr(cache, "cross_attention_cache"):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
     own: int | None = getattr(cache, "nbytes", None)
     if own is not None:
         return own
