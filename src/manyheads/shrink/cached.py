@@ -76,7 +76,7 @@ def last_cache(model: nn.Module) -> Iterator[list[Any]]:
     seen: list[Any] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        seen[:] = [getattr(output, "past_key_values", None)]
+        seen[:] = [getattr(output, "cache", None)]
 
     handle = model.register_forward_hook(note)
     try:

@@ -231,6 +231,11 @@ def _check(policy: CachePolicy, model: nn.Module) -> MixerLM:
                 f"layer {number} is a {type(mixer).__name__}, whose cache grows and whose weights "
                 "are no softmax over keys in any order: nothing can be evicted from it"
             )
+    if policy.settings.cross_budget is not None:
+        raise ValueError(
+            f"cross_budget is {policy.settings.cross_budget} and a MixerLM has no encoder: leave "
+            "it out"
+        )
     if not evicting:
         kinds = ", ".join(sorted({getattr(m, "mechanism", type(m).__name__) for m in mixers}))
         raise ValueError(

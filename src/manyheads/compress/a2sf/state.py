@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from manyheads.compress.a2sf.entries import Entries, dequantise, quantise
+from manyheads.compress.a2sf.entries import Entries, dequantise, restored, stored
 from manyheads.compress.a2sf.policy import CachePolicy
 from manyheads.compress.a2sf.scores import accumulate, column_sums
 
@@ -71,14 +71,17 @@ class EvictionState:
         """Bytes held, scales, positions and scores included."""
         return 0 if self.held is None else self.held.nbytes
 
+    @property
+    def real(self) -> Tensor | None:
+        """Which of the newest tokens are real, (B, N); None before there are any."""
+        return self._real
+
     def read(self, name: str) -> Tensor | None:
         """Return "key" or "value" of the tokens held, (B, G, n, D); None before there are any."""
         if self.held is None:
             return None
-        if self.policy.settings.bits is None:
-            return self.held[name]
         assert self._kind is not None
-        return dequantise(self.held[name], self.held[name + "_scale"], self._kind)
+        return restored(self.held, name, self._kind)
 
     @torch.no_grad()
     def append(
@@ -107,7 +110,7 @@ class EvictionState:
         if places is None:
             places = torch.arange(self.seen, self.seen + new, device=key.device)[None]
         places = places[:, None].to(torch.int32)
-        tensors = self._stored(key, value)
+        tensors = stored(key, value, self.policy.settings.bits)
         tensors["position"] = places.expand(batch, groups, -1).contiguous()
         tensors["valid"] = torch.ones(batch, groups, new, dtype=torch.bool, device=key.device)
         if self.policy.needs_scores:
@@ -205,12 +208,6 @@ class EvictionState:
         """Change the batch axis of everything held: beams that move, repeat or end."""
         if self.held is not None:
             self.held = self.held.map(change)
-
-    def _stored(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        if self.policy.settings.bits is None:
-            return {"key": key, "value": value}
-        (k, k_scale), (v, v_scale) = quantise(key), quantise(value)
-        return {"key": k, "key_scale": k_scale, "value": v, "value_scale": v_scale}
 
     def _read(self, now: Entries, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.policy.settings.bits is None:
