@@ -11,12 +11,14 @@ import torch
 
 from manyheads.cli import main
 from manyheads.compress import load_model
-from manyheads.compress.a2sf import A2SF
+from manyheads.compress.a2sf import A2SF, H2O, continuation_loss
+from manyheads.compress.a2sf.quality import cache_bytes
 from manyheads.data import get_task
+from manyheads.data.tokenizers import load_tokenizer
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 from manyheads.shrink.recall import answered, recall_run
 
-for needed in ("rich", "matplotlib", "lightning_fabric"):
+for needed in ("rich", "matplotlib", "lightning_fabric", "transformers"):
     pytest.importorskip(needed)
 
 
@@ -113,3 +115,33 @@ def test_recall_and_text_are_not_mixed(run: Path, text: Path, tmp_path: Path, ca
         (tmp_path / "lm" / "options.json").write_text(damaged)
         assert shrink(tmp_path / "lm", *words, "--evaluate", "builtin:recall") == 2
         assert "does not say what" in capsys.readouterr().err
+
+
+def test_a_run_with_a_vocabulary_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    text, run, out = tmp_path / "text.txt", tmp_path / "run", tmp_path / "out"
+    text.write_text("".join(f"line {i} says that {i * i} is a square\n" for i in range(3000)))
+    words = "train lm --preset smoke --mixers softmax*2 --tokenizer bpe --steps 2 --eval-every 2"
+    assert main([*words.split(), "--data", str(text), "--out", str(run)]) == 0
+    assert shrink(run, "--method", "h2o", "--set", "budget_tokens=9", "--calibrate", text,
+                  "--samples", 4, "--out", out) == 0  # fmt: skip
+    first, second = (row["quality"]["value"] for row in rows_of(out))
+    # By hand: 24 tokens after 24 of each of four pieces, and the bytes that they stand for.
+    tokenizer, model = load_tokenizer(run / "tokenizer.json"), load_model(run)
+    ids = tokenizer.encode(text.read_text()[:9999])[: 4 * 48].view(4, 48)
+    for policy, value in ((None, first), (H2O(budget=9), second)):
+        losses, _ = continuation_loss(model, ids, prompt=24, policy=policy)
+        assert tokenizer.bits_per_byte(float(losses.sum()), ids[:, 24:]) == pytest.approx(value)
+    assert first != second
+    assert (out / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+    (run / "tokenizer.json").unlink()
+    assert shrink(run, "--method", "h2o", "--set", "budget_tokens=9", "--calibrate", text) == 2
+
+
+def test_the_cache_of_a_transcript_is_counted() -> None:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    said, heard = DynamicCache(), DynamicCache()
+    said.update(torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 4), 0)
+    heard.update(torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 4), 0)
+    assert cache_bytes(EncoderDecoderCache(said, heard)) == 2 * 4 * 2 * 3 * 4 * (5 + 7)

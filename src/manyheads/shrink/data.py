@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.compress.files import Opened
+from manyheads.data.tokenizers import Tokenizer, load_tokenizer
 from manyheads.shrink.recall import SOURCE, RecallRun, recall_run
 
 __all__ = ["Feed", "feed_for", "kind_of"]
@@ -47,7 +48,8 @@ class Feed:
 
     Attributes:
         kind: of the model.
-        tokenizer: of the folder, None where the model reads bytes, images or sound.
+        tokenizer: of the folder (ours for our models), None where the model reads bytes, images
+            or sound.
         vocab: how many tokens the model knows, 0 where it reads none.
         extractor: of features out of sound.
         image_name: the model's name for its images.
@@ -108,7 +110,8 @@ class Feed:
                 "longer text, or a smaller --length"
             )
         rows = ids[: count * self.length].reshape(count, self.length)
-        name = "input_ids" if self.tokenizer is not None else "tokens"
+        ours = self.tokenizer is None or isinstance(self.tokenizer, Tokenizer)
+        name = "tokens" if ours else "input_ids"
         return [{name: part} for part in rows.split(self.batch)]
 
     def ids(self, text: str) -> Tensor:
@@ -119,6 +122,8 @@ class Feed:
         """
         if self.tokenizer is None:
             ids = torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64))
+        elif isinstance(self.tokenizer, Tokenizer):
+            ids = self.tokenizer.encode(text)
         else:
             found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids = torch.tensor(found, dtype=torch.long)
@@ -225,12 +230,15 @@ def feed_for(opened: Opened, *, length: int, batch: int) -> Feed:
         recall = recall_run(opened.folder)
         if recall is not None:
             return Feed(vocab=vocab, length=recall.task.longest, recall=recall, **common)
-        if vocab != 256:
+        tokenizer = None
+        if opened.folder is not None and (opened.folder / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(opened.folder / "tokenizer.json")
+        elif vocab != 256:
             raise ValueError(
-                f"only models of bytes and runs of recall are fed here, and this one knows {vocab} "
-                "tokens"
+                f"without a tokenizer.json only models of bytes are fed here, and this one knows "
+                f"{vocab} tokens: copy the run's own there"
             )
-        return Feed(vocab=vocab, length=length, **common)
+        return Feed(tokenizer=tokenizer, vocab=vocab, length=length, **common)
     tokenizer = _tokenizer(opened.folder)
     vocab = int(model.get_input_embeddings().num_embeddings)
     longest = int(getattr(model.config, "max_position_embeddings", 0) or length)

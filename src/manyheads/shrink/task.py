@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.data.tokenizers import Tokenizer
 from manyheads.shrink.data import Feed
 
 __all__ = ["Quality", "Task", "ids_of", "logits_of", "text_of"]
@@ -61,6 +62,8 @@ def ids_of(batch: dict[str, Tensor]) -> Tensor:
 def text_of(feed: Feed, ids: Tensor) -> bytes:
     if feed.tokenizer is None:
         return bytes(ids.tolist())
+    if isinstance(feed.tokenizer, Tokenizer):
+        return feed.tokenizer.decode_bytes(ids)
     return str(feed.tokenizer.decode(ids)).encode()
 
 
