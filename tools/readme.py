@@ -106,8 +106,10 @@ def bench_section() -> str:
 def shrink_section() -> str:
     """What `manyheads shrink` made of real models, a row a result."""
     rows = []
-    for path in sorted((RESULTS / "shrink").glob("*.json")):
-        record = json.loads(path.read_text())
+    records = [json.loads(p.read_text()) for p in sorted((RESULTS / "shrink").glob("*.json"))]
+    # Results of methods that act on no cache do not say what it holds.
+    caches = any(r["rows"][0]["quality"].get("cache_bytes") for r in records)
+    for record in records:
         first, *others = record["rows"]
         for row in others:
             quality, before = row["quality"], first["quality"]
@@ -117,13 +119,21 @@ def shrink_section() -> str:
                     row["name"],
                     record["data"]["judged on"].removeprefix("builtin:"),
                     *(f"{100 * row[k] / first[k]:.0f} %" for k in _SHARES),
+                    *([_cache_share(quality, before)] if caches else []),
                     f"{quality['name']}: {before['value']:.3f} → {quality['value']:.3f}",
                 ]
             )
     if not rows:
         return "Not measured yet: `python tools/shrink_results.py` writes results/shrink.\n"
     header = ["model", "method", "judged on", "parameters", "bytes", "time", "quality"]
+    if caches:
+        header.insert(-1, "cache")
     return "\n".join([*markdown(header, rows, left=3), ""])
+
+
+def _cache_share(quality: dict[str, Any], before: dict[str, Any]) -> str:
+    held, whole = quality.get("cache_bytes"), before.get("cache_bytes")
+    return f"{100 * held / whole:.0f} %" if held is not None and whole else ""
 
 
 _SHARES = ("parameters", "weight_bytes", "forward_ms")

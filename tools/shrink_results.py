@@ -28,6 +28,8 @@ RUNS = {
     "whisper-a2sf": f"{WHISPER} --method a2sf --set budget_tokens=6",
     "whisper-h2o": f"{WHISPER} --method h2o --set budget_tokens=6",
     "whisper-sink-recent": f"{WHISPER} --method sink-recent --set budget_tokens=6",
+    "whisper-cross-a2sf": f"{WHISPER} --method a2sf --set cross_budget=375",
+    "whisper-cross-h2o": f"{WHISPER} --method h2o --set cross_budget=375",
     "whisper-attention": f"{WHISPER} --method llm-drop --drop-attention 1",
     "whisper-mlp": f"{WHISPER} --method llm-drop --drop-mlp 1",
     "whisper-int8": f"{WHISPER} --method int8",

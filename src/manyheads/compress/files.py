@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,8 @@ def _architecture(name: str) -> Any:
     import transformers
 
     cls = getattr(transformers, str(name), None)
+    if cls is None and str(name).startswith("Manyheads"):  # our models as transformers has them
+        cls = getattr(import_module("manyheads.bridges.transformers"), str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"transformers {transformers.__version__} has no model class {name!r}")
     return cls
@@ -155,10 +158,11 @@ def build(original: dict[str, Any]) -> nn.Module:
         from transformers import AutoConfig
         from transformers.initialization import no_init_weights
 
+        architecture = _architecture(original["architecture"])  # enters ours in AutoConfig
         values = {k: v for k, v in original["config"].items() if k != "model_type"}
         config = AutoConfig.for_model(original["model_type"], **values)
         with no_init_weights():
-            model: Any = _architecture(original["architecture"])(config)
+            model: Any = architecture(config)
         model.tie_weights()
         built: nn.Module = model.eval()
         return built

@@ -1,13 +1,55 @@
-"""Key-value caches that grow. B batch, H_kv heads, N new tokens, D and V head dims."""
+"""Key-value caches that grow, and the place of those that do not.
+
+B batch, H heads, H_kv key-value heads, N new tokens, n all tokens at hand, D and V head dims.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["append_tokens"]
+from manyheads.layers.state import StateObject
+
+__all__ = ["KeptCache", "append_tokens"]
 
 _ROOM = 256  # least number of free places when a cache grows
+
+
+class KeptCache(StateObject):
+    """A cache that chooses which tokens it holds, in the place of one that grows.
+
+    Attributes:
+        length: (B,) real tokens that were read, held or not: the position of the next one.
+    """
+
+    length: Tensor
+
+    def expect(self, prompt: int) -> None:
+        """Learn how long a prompt is that comes in several blocks."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        first: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+        later: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        """Return what the new tokens read, (B, H, N, V), and keep of them what is to be kept.
+
+        Args:
+            query: (B, H, N, D); key, value: (B, H_kv, N, D and V), of the new tokens.
+            mask: (B, N), True = a real token.
+            first: causal attention of the new tokens to each other, given ``mask``.
+            later: attention to (B, H_kv, n, D and V), given who sees whom, broadcast to
+                (B, H, N, n); None: all see all.
+        """
+        raise NotImplementedError
 
 
 def append_tokens(

@@ -1,7 +1,8 @@
 """States of streaming mechanisms: nested tuples of tensors, batch first.
 
 A state is a NamedTuple whose leaves are tensors with the batch as first axis (or None, or
-another such tuple). That one rule is enough to count, move, copy and reorder all of them.
+another such tuple, or a :class:`StateObject`). That one rule is enough to count, move, copy and
+reorder all of them.
 A state that was passed to ``update`` or ``step`` is consumed: a key-value cache is written in
 place. Branch from a state with :func:`clone_state`.
 """
@@ -9,14 +10,33 @@ place. Branch from a state with :func:`clone_state`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["clone_state", "map_state", "reorder_state", "state_bytes", "state_tensors"]
+__all__ = [
+    "StateObject",
+    "clone_state",
+    "map_state",
+    "reorder_state",
+    "state_bytes",
+    "state_tensors",
+]
 
 S = TypeVar("S")
+
+
+class StateObject:
+    """A part of a state that is no tuple, because it decides as it goes what it holds."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are held, batch first."""
+        raise NotImplementedError
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Return another one with ``fn`` applied to every tensor; this one stays as it is."""
+        raise NotImplementedError
 
 
 def map_state(fn: Callable[[Tensor], Tensor], state: S) -> S:
@@ -29,6 +49,8 @@ def _map(fn: Callable[[Tensor], Tensor], state: Any) -> Any:
         return None
     if isinstance(state, Tensor):
         return fn(state)
+    if isinstance(state, StateObject):
+        return state.map(fn)
     parts = [_map(fn, part) for part in state]
     return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
 
@@ -39,6 +61,8 @@ def state_tensors(state: Any) -> list[Tensor]:
         return []
     if isinstance(state, Tensor):
         return [state]
+    if isinstance(state, StateObject):
+        return state.tensors()
     return [t for part in state for t in state_tensors(part)]
 
 

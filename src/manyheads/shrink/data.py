@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.compress.files import Opened
+from manyheads.data.tokenizers import Tokenizer, load_tokenizer
+from manyheads.shrink.recall import SOURCE, RecallRun, recall_run
 
 __all__ = ["Feed", "feed_for", "kind_of"]
 
@@ -46,13 +48,15 @@ class Feed:
 
     Attributes:
         kind: of the model.
-        tokenizer: of the folder, None where the model reads bytes, images or sound.
+        tokenizer: of the folder (ours for our models), None where the model reads bytes, images
+            or sound.
         vocab: how many tokens the model knows, 0 where it reads none.
         extractor: of features out of sound.
         image_name: the model's name for its images.
         size: of images, (channels, height, width).
         length: tokens a piece.
         batch: pieces a batch.
+        recall: the task of a run of ``manyheads train recall``, whose sequences are the only data.
     """
 
     kind: Kind
@@ -63,6 +67,7 @@ class Feed:
     size: tuple[int, int, int] | None = None
     length: int = 256
     batch: int = 8
+    recall: RecallRun | None = None
 
     def batches(self, source: str, *, samples: int) -> list[dict[str, Tensor]]:
         """Return batches of the first ``samples`` pieces of a data source.
@@ -74,12 +79,26 @@ class Feed:
             return self._images(source, samples)
         if self.kind == "speech":
             return self._speech(source, samples)
+        self.check(source)
+        if self.recall is not None:
+            found = self.recall.batches(samples, self.batch, held_out=False)
+            return [{"tokens": batch.inputs} for batch in found]
         from manyheads.data.text import load_text
 
         text = load_text(source).data.decode("utf-8", errors="replace")
         if self.kind == "encoder":
             return self.sentences(_sentences(text, samples))
         return self.chunks(text, samples, source)
+
+    def check(self, source: str) -> None:
+        """Raise ``ValueError`` where one of the model and the data is of recall, the other not."""
+        if self.recall is not None and source not in ("", SOURCE):
+            raise ValueError(
+                f"the model is a run of recall, which knows no other data: give {SOURCE}, not "
+                f"{source!r}"
+            )
+        if self.recall is None and source == SOURCE:
+            raise ValueError(f"{SOURCE} is for folders that 'manyheads train recall' wrote")
 
     def chunks(self, text: str, samples: int, source: str = "the text") -> list[dict[str, Tensor]]:
         """Return pieces of ``length`` tokens of a running text, batched."""
@@ -91,7 +110,8 @@ class Feed:
                 "longer text, or a smaller --length"
             )
         rows = ids[: count * self.length].reshape(count, self.length)
-        name = "input_ids" if self.tokenizer is not None else "tokens"
+        ours = self.tokenizer is None or isinstance(self.tokenizer, Tokenizer)
+        name = "tokens" if ours else "input_ids"
         return [{name: part} for part in rows.split(self.batch)]
 
     def ids(self, text: str) -> Tensor:
@@ -102,6 +122,8 @@ class Feed:
         """
         if self.tokenizer is None:
             ids = torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64))
+        elif isinstance(self.tokenizer, Tokenizer):
+            ids = self.tokenizer.encode(text)
         else:
             found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids = torch.tensor(found, dtype=torch.long)
@@ -205,11 +227,18 @@ def feed_for(opened: Opened, *, length: int, batch: int) -> Feed:
         return Feed(size=_image_size(model), image_name=name, length=0, **common)
     if opened.library != "transformers":
         vocab = int(model.config.vocab_size)
-        if vocab != 256:
+        recall = recall_run(opened.folder)
+        if recall is not None:
+            return Feed(vocab=vocab, length=recall.task.longest, recall=recall, **common)
+        tokenizer = None
+        if opened.folder is not None and (opened.folder / "tokenizer.json").is_file():
+            tokenizer = load_tokenizer(opened.folder / "tokenizer.json")
+        elif vocab != 256:
             raise ValueError(
-                f"only models of bytes are fed here, and this one knows {vocab} tokens"
+                f"without a tokenizer.json only models of bytes are fed here, and this one knows "
+                f"{vocab} tokens: copy the run's own there"
             )
-        return Feed(vocab=vocab, length=length, **common)
+        return Feed(tokenizer=tokenizer, vocab=vocab, length=length, **common)
     tokenizer = _tokenizer(opened.folder)
     vocab = int(model.get_input_embeddings().num_embeddings)
     longest = int(getattr(model.config, "max_position_embeddings", 0) or length)

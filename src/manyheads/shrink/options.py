@@ -37,7 +37,7 @@ class ShrinkOptions(Config):
             parameters=0.8, bytes=0.5, latency=0.7, or for a loss, as quality=0.02
         calibrate: text, images or recordings to measure by: a file, a folder or builtin:NAME
         evaluate: data to judge by, or builtin:lee, builtin:verses, builtin:librivox,
-            builtin:prompts
+            builtin:prompts, builtin:recall (a run of train recall)
         samples: pieces of calibration data that are used
         length: tokens a piece of text
         batch: pieces at once

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,45 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.compress.minilm.files import mean_pool
+from manyheads.shrink.cached import CachedBits, Recall, last_cache
 from manyheads.shrink.data import Feed
+from manyheads.shrink.task import Quality, Task, ids_of, logits_of, text_of
 
 __all__ = ["Quality", "Task", "embed", "task_for", "transcribe"]
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """One figure of one model.
-
-    Attributes:
-        name: of the figure.
-        value: itself.
-        higher_is_better: its direction.
-    """
-
-    name: str
-    value: float
-    higher_is_better: bool
-
-    def loss_from(self, original: Quality) -> float:
-        """Return how much worse it is than the original's, as a share of that."""
-        worse = (
-            original.value - self.value if self.higher_is_better else self.value - original.value
-        )
-        return worse / max(abs(original.value), 1e-12)
-
-
-class Task:
-    """What a model is judged by: prepared once, run on each model."""
-
-    name: str
-    higher_is_better: bool = True
-
-    def measure(self, model: nn.Module) -> float:
-        raise NotImplementedError
-
-    def quality(self, model: nn.Module) -> Quality:
-        with torch.no_grad():
-            return Quality(self.name, self.measure(model.eval()), self.higher_is_better)
 
 
 class BitsPerByte(Task):
@@ -60,41 +25,19 @@ class BitsPerByte(Task):
 
     def __init__(self, feed: Feed, batches: Sequence[dict[str, Tensor]]) -> None:
         self.batches = list(batches)
-        rows = [row for b in self.batches for row in _ids(b)]
-        texts = [_text(feed, row[1:]) for row in rows]
+        rows = [row for b in self.batches for row in ids_of(b)]
+        texts = [text_of(feed, row[1:]) for row in rows]
         self.bytes = sum(len(t) for t in texts)
 
     def measure(self, model: nn.Module) -> float:
         total = 0.0
         for batch in self.batches:
-            ids = _ids(batch)
-            logits = _logits(model(**batch))[:, :-1].float()
+            ids = ids_of(batch)
+            logits = logits_of(model(**batch))[:, :-1].float()
             total += float(
                 F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             )
         return total / math.log(2) / max(1, self.bytes)
-
-
-class CachedBits(Task):
-    """Bits a causal model of transformers needs for each byte of the second half of a piece.
-
-    Tokens are read one by one after the first half, as ``generate()`` reads them, so that what a
-    cache has forgotten is missed.
-    """
-
-    name, higher_is_better = "bits per byte with its cache", False
-
-    def __init__(self, feed: Feed, batches: Sequence[dict[str, Tensor]]) -> None:
-        self.rows = [_ids(b) for b in batches]
-        self.prompt = self.rows[0].shape[1] // 2
-        scored = [ids[self.prompt :] for rows in self.rows for ids in rows]
-        self.bytes = sum(len(_text(feed, ids)) for ids in scored)
-
-    def measure(self, model: nn.Module) -> float:
-        from manyheads.compress.a2sf.quality import continuation_loss
-
-        nats = [continuation_loss(model, ids, prompt=self.prompt)[0].sum() for ids in self.rows]
-        return float(torch.stack(nats).sum()) / math.log(2) / max(1, self.bytes)
 
 
 class Agreement(Task):
@@ -105,11 +48,11 @@ class Agreement(Task):
     def __init__(self, original: nn.Module, batches: Sequence[dict[str, Tensor]]) -> None:
         self.batches = list(batches)
         with torch.no_grad():
-            self.choices = [_logits(original(**b)).argmax(-1) for b in self.batches]
+            self.choices = [logits_of(original(**b)).argmax(-1) for b in self.batches]
 
     def measure(self, model: nn.Module) -> float:
         same = [
-            (_logits(model(**b)).argmax(-1) == choice).flatten()
+            (logits_of(model(**b)).argmax(-1) == choice).flatten()
             for b, choice in zip(self.batches, self.choices, strict=True)
         ]
         return float(torch.cat(same).double().mean())
@@ -172,25 +115,32 @@ class Verses(Task):
 
 
 class WordErrors(Task):
-    """Word error rate of greedy transcripts."""
+    """Word error rate of greedy transcripts; ``cached`` also notes what the last cache holds."""
 
     name, higher_is_better = "word error rate", False
 
-    def __init__(self, feed: Feed, source: str, samples: int) -> None:
+    def __init__(self, feed: Feed, source: str, samples: int, *, cached: bool = False) -> None:
         from manyheads.data.speech import load_speech
 
+        self.cached = cached
         self.feed, self.found = feed, load_speech(source, limit=samples)
         self.batches = [
             self.found[i : i + feed.batch] for i in range(0, len(self.found), feed.batch)
         ]
 
     def measure(self, model: Any) -> float:
+        from manyheads.compress.a2sf.quality import cache_bytes
         from manyheads.data.speech import word_error_rate
 
         heard: list[str] = []
+        held = 0.0
         for part in self.batches:
             features = self.feed.features([r.samples for r in part]).to(model.dtype)
-            heard += transcribe(model, self.feed, features)
+            with last_cache(model) as seen:
+                heard += transcribe(model, self.feed, features)
+            if self.cached:
+                held = max(held, cache_bytes(seen[-1]) / len(part))
+        self.cache_bytes = held if self.cached else None
         return word_error_rate(heard, [r.text for r in self.found])
 
 
@@ -215,7 +165,7 @@ class Top1(Task):
         self.batches = feed.image_batches(list(part.images))
 
     def measure(self, model: nn.Module) -> float:
-        chosen = torch.cat([_logits(model(**b)).argmax(-1) for b in self.batches])
+        chosen = torch.cat([logits_of(model(**b)).argmax(-1) for b in self.batches])
         return float((chosen == self.labels).double().mean())
 
 
@@ -247,15 +197,18 @@ def task_for(
         return Nearness(original, _pieces(feed, evaluate, samples, fallback))
     if feed.kind == "speech":
         if evaluate:
-            return WordErrors(feed, evaluate, samples)
+            return WordErrors(feed, evaluate, samples, cached=cached)
         return Agreement(original, fallback)
     if feed.kind == "image":
         classes = _classes(original)
         if evaluate:
             return Top1(feed, evaluate, samples, classes)
         return Agreement(original, fallback)
+    if feed.recall is not None:
+        feed.check(evaluate)
+        return Recall(feed.recall, samples, feed.batch, cached=cached)
     pieces = _pieces(feed, evaluate, samples, fallback)
-    if cached and feed.tokenizer is not None:
+    if cached:
         return CachedBits(feed, pieces)
     return BitsPerByte(feed, pieces)
 
@@ -295,20 +248,3 @@ def _classes(model: Any) -> int:
         if isinstance(value, int):
             return value
     return 0
-
-
-def _ids(batch: dict[str, Tensor]) -> Tensor:
-    return batch["input_ids"] if "input_ids" in batch else batch["tokens"]
-
-
-def _text(feed: Feed, ids: Tensor) -> bytes:
-    if feed.tokenizer is None:
-        return bytes(ids.tolist())
-    return str(feed.tokenizer.decode(ids)).encode()
-
-
-def _logits(found: Any) -> Tensor:
-    if isinstance(found, Tensor):
-        return found
-    logits: Tensor = found.logits if hasattr(found, "logits") else found[0]
-    return logits

@@ -73,6 +73,9 @@ class Report:
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         first = self.original
         header = ["model", "parameters", "weights", "KV/token", "MACs", "forward", "token"]
+        caches = any(r.quality.cache_bytes is not None for r in self.rows)
+        if caches:
+            header.insert(4, "cache")
         header += [first.quality.name, "lost"]
         rows = []
         for row in self.rows:
@@ -89,6 +92,9 @@ class Report:
                     "-" if row is first else f"{100 * self.share(row, 'quality'):.1f} %",
                 ]
             )
+            if caches:
+                held, whole = row.quality.cache_bytes or 0, first.quality.cache_bytes or 0
+                rows[-1].insert(4, _with_share(show_bytes(held), held, whole))
         return header, rows
 
     def answer(self) -> str:
@@ -113,10 +119,14 @@ class Report:
         return (
             f"{100 * self.share(row, 'parameters'):.1f} % of the parameters, "
             f"{100 * self.share(row, 'bytes'):.1f} % of the bytes, "
-            f"{100 * self.share(row, 'latency'):.0f} % of the time, "
+            f"{100 * self.share(row, 'latency'):.0f} % of the time, {self._cache_share(row)}"
             f"{row.quality.name} {row.quality.value:.4f} "
             f"({'lost' if lost >= 0 else 'won'} {abs(lost):.1f} %)"
         )
+
+    def _cache_share(self, row: Measured) -> str:
+        held, whole = row.quality.cache_bytes, self.original.quality.cache_bytes
+        return f"{100 * held / whole:.0f} % of the cache, " if held is not None and whole else ""
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -167,7 +167,7 @@ def shrink(job: Job, *, tell: Tell) -> tuple[nn.Module, list[Plan], Report]:
     report.chosen, report.loads = name, loading(result, options.out)
     for plan in plans:
         held, full = (plan.measured.get(k) for k in ("cache_bytes", "cache_bytes_full"))
-        if held and full:
+        if held and full and rows[1].quality.cache_bytes is None:
             report.notes.append(
                 f"{plan.method}: the cache held {show_bytes(held)} where the whole is "
                 f"{show_bytes(full)} (after the calibration's pieces, the first half as prompt)"

@@ -287,7 +287,7 @@ def test_losses_of_continuations() -> None:
 
 def test_mistakes_are_named() -> None:
     policy, model = POLICIES["a2sf"], build("llama")
-    with pytest.raises(ValueError, match="no transformers model"), policy.attach(build("ours")):
+    with pytest.raises(ValueError, match="no transformers model"), policy.attach(build("bert")):
         pass
     with (
         pytest.raises(ValueError, match="two caches"),

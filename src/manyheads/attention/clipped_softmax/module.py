@@ -73,3 +73,7 @@ class ClippedSoftmaxAttention(SoftmaxAttention):
     ) -> tuple[Tensor, SoftmaxState]:
         c = self.config
         return clipped_softmax_update(cache, q, k, v, gamma=c.clip_gamma, eta=c.eta, mask=mask)
+
+    def _attend_kept(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        c = self.config
+        return clipped_softmax(q, k, v, gamma=c.clip_gamma, eta=c.eta, attn_mask=allowed)

@@ -98,6 +98,9 @@ class GatedAttention(SoftmaxAttention):
     ) -> tuple[Tensor, SoftmaxState]:
         return attend_update(cache, q, k, v, self.config.gamma, self.config.eta, mask=mask)
 
+    def _attend_kept(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        return attend(q, k, v, self.config.gamma, self.config.eta, attn_mask=allowed)
+
     def _output(
         self, heads: Tensor, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:

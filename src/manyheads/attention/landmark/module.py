@@ -20,6 +20,7 @@ from manyheads.attention.softmax import SoftmaxAttention, SoftmaxConfig
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.ragged import check_cu_seqlens, check_mask, positions, sequence_ids
 from manyheads.layers.rotary import apply_rotary, rotary_angles
+from manyheads.layers.state import state_tensors
 
 __all__ = ["LandmarkAttention", "LandmarkConfig", "LandmarkLayerState"]
 
@@ -115,7 +116,7 @@ class LandmarkAttention(SoftmaxAttention):
         dtype: torch.dtype | None = None,
     ) -> LandmarkLayerState:
         empty = super().init_state(batch_size, device=device, dtype=dtype).cache
-        return LandmarkLayerState(LandmarkState(*empty))
+        return LandmarkLayerState(LandmarkState(*state_tensors(empty)))
 
     def update(  # type: ignore[override]
         self, x: Tensor, state: LandmarkLayerState, *, mask: Tensor | None = None

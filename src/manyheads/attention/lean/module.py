@@ -69,3 +69,9 @@ class LeanAttention(SoftmaxAttention):
     ) -> tuple[Tensor, SoftmaxState]:
         c = self.config
         return lean_update(cache, q, k, v, mask=mask, workers=c.workers, tile=c.tile, order=c.order)
+
+    def _attend_kept(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        if allowed is not None:  # heads that see different keys are no work that can be dealt
+            return super()._attend_kept(q, k, v, allowed)
+        c = self.config
+        return lean(q, k, v, workers=c.workers, tile=c.tile, order=c.order)

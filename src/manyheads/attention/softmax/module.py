@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manyheads.attention.softmax.op import SoftmaxState, softmax, softmax_update
 from manyheads.config import Config
+from manyheads.layers.cache import KeptCache
 from manyheads.layers.few_rows import Linear
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.layers.keymap import KeyMap, rename, split
@@ -68,7 +69,7 @@ class SoftmaxConfig(Config):
 class SoftmaxLayerState(NamedTuple):
     """``cache``, whose ``length`` (B,) is also the position of each row's next token."""
 
-    cache: SoftmaxState
+    cache: SoftmaxState | KeptCache
 
 
 class SoftmaxAttention(SequenceMixer):
@@ -127,7 +128,15 @@ class SoftmaxAttention(SequenceMixer):
         mask = check_mask(mask, x.shape[0], x.shape[1])
         places = positions(mask, x.shape[1], device=x.device) + state.cache.length[:, None]
         q, k, v = self._project(x, places)
-        out, cache = self._attend_cache(state.cache, q, k, v, mask)
+        cache = state.cache
+        if isinstance(cache, KeptCache):
+
+            def first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+                return self._attend(q, k, v, mask, None)
+
+            out = cache.attend(q, k, v, mask, first=first, later=self._attend_kept)
+        else:
+            out, cache = self._attend_cache(cache, q, k, v, mask)
         return self._output(out, x, mask, None), SoftmaxLayerState(cache)
 
     def _attend(
@@ -140,6 +149,10 @@ class SoftmaxAttention(SequenceMixer):
         self, cache: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, SoftmaxState]:
         return softmax_update(cache, q, k, v, mask=mask)
+
+    def _attend_kept(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        """Attend to what a cache kept, whose order says nothing; ``allowed`` None: to all."""
+        return softmax(q, k, v, attn_mask=allowed)
 
     def _output(
         self, heads: Tensor, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None

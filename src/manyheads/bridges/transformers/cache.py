@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from manyheads.attention.landmark import LandmarkMemory, LandmarkState
 from manyheads.attention.softmax import SoftmaxState
+from manyheads.compress.a2sf.own import held_bytes, held_lengths, held_positions
 from manyheads.layers.state import clone_state, reorder_state
 from manyheads.models.language.causal import CausalLM, LMState
 
@@ -146,7 +147,7 @@ class ManyheadsCache(Cache):
         else:
             kinds = {type(s).__name__ for s in self.state.layers if not _has_keys(s)}
             raise ValueError(
-                f"crop to {keep} tokens: recurrent states ({', '.join(sorted(kinds))}) cannot be "
+                f"crop to {keep} tokens: states that forget ({', '.join(sorted(kinds))}) cannot be "
                 "cut back to tokens that were not recorded; call activate_past_recording() before "
                 "reading them, or begin a new cache"
             )
@@ -186,7 +187,16 @@ class ManyheadsCache(Cache):
             self.reorder_cache(rows[indices.to(rows.device)])
 
     def activate_past_recording(self) -> None:
-        """From now on keep what is needed to :meth:`crop` the tokens to come."""
+        """From now on keep what is needed to :meth:`crop` the tokens to come.
+
+        Raises:
+            ValueError: under a cache policy, which evicts otherwise when a block is read at once.
+        """
+        if self.model.make_caches is not None:
+            raise ValueError(
+                "an evicting cache cannot take back what it evicted: generate without an "
+                "assistant model"
+            )
         if self._records is None:
             self._records = []
 
@@ -218,6 +228,19 @@ class ManyheadsCache(Cache):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Our layers keep states of their own and never call this."""
         raise ValueError("a ManyheadsCache belongs to the model that it was made for")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers; free places of a growing cache do not count."""
+        return held_bytes(() if self.state is None else self.state.layers)
+
+    def lengths(self) -> list[int]:
+        """Return the tokens that each layer holds, 0 where its state has a constant size."""
+        return held_lengths(() if self.state is None else self.state.layers)
+
+    def positions(self, layer: int) -> Tensor:
+        """Return which tokens a layer holds under a cache policy, see :func:`held_positions`."""
+        return held_positions(() if self.state is None else self.state.layers, layer)
 
     @property
     def batch_size(self) -> int:

@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from manyheads.compress.a2sf.cross import CrossState
 from manyheads.compress.a2sf.state import EvictionState
 
-__all__ = ["LAYER", "EvictingCache", "EvictingLayer"]
+__all__ = ["LAYER", "EvictingCache", "EvictingCrossLayer", "EvictingLayer"]
 
 # The layer travels with the keys that it hands to the attention function, which is told of no
 # cache.
 LAYER = "_manyheads_layer"
 
 
-class EvictingLayer(CacheLayerMixin):
+class _Layer(CacheLayerMixin):
     """One layer: the number of tokens that it saw is its length, what it holds is its budget's."""
 
     is_croppable = False
+    state: EvictionState | CrossState
 
-    def __init__(self, state: EvictionState) -> None:
+    def __init__(self, state: EvictionState | CrossState) -> None:
         self.state = state
         super().__init__()
         self.is_sliding = state.window is not None
@@ -100,6 +102,49 @@ class EvictingLayer(CacheLayerMixin):
         self.state.batch(lambda t: t.to(self.device))
 
 
+class EvictingLayer(_Layer):
+    """A decoder's attention to its own tokens."""
+
+    state: EvictionState
+
+
+class EvictingCrossLayer(_Layer):
+    """The cross-attention of one layer: filled once, read from :attr:`keys` at later calls.
+
+    Args:
+        state: what it holds.
+        said: the decoder's own cache, which knows what of a prompt is padding.
+    """
+
+    state: CrossState
+
+    def __init__(self, state: CrossState, said: EvictingCache) -> None:
+        self.said = said
+        super().__init__(state)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(B, G, n, D), of the positions held."""
+        keys = self.state.read("key")
+        if keys is not None and not self.state.is_decided:
+            setattr(keys, LAYER, self)
+        return keys
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        _refuse(value)
+
+    def settle(self, query: Tensor, keys: Tensor, **options: Any) -> None:
+        """Take note of an attention to the positions held; see :meth:`CrossState.settle`."""
+        real = next(
+            (own.state.real for own in self.said.layers if isinstance(own, EvictingLayer)), None
+        )
+        # A first layer without attention to itself comes before the padding is known.
+        if real is not None and real.shape != (query.shape[0], query.shape[2]):
+            real = None
+        self.state.settle(query, keys, real=real, **options)
+
+
 class EvictingCache(DynamicCache):
     """A cache whose layers hold no more than a policy's budget."""
 
@@ -118,7 +163,7 @@ class EvictingCache(DynamicCache):
     def positions(self, layer: int) -> Tensor:
         """Return which tokens a layer holds, (B, G, n), counted from the first one it saw."""
         chosen = self.layers[layer]
-        if not isinstance(chosen, EvictingLayer):
+        if not isinstance(chosen, _Layer):
             raise ValueError(f"layer {layer} is a {type(chosen).__name__}, which evicts nothing")
         if chosen.state.held is None:
             raise ValueError("the cache is empty: generate with it first")
@@ -131,14 +176,14 @@ def _refuse(value: Tensor | None) -> None:
 
 
 def _nbytes(layer: Any) -> int:
-    if isinstance(layer, EvictingLayer):
+    if isinstance(layer, _Layer):
         return layer.state.nbytes
     held = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
 
 
 def _held(layer: Any) -> int:
-    if isinstance(layer, EvictingLayer):
+    if isinstance(layer, _Layer):
         return 0 if layer.state.held is None else len(layer.state.held)
     keys = getattr(layer, "keys", None)
     return 0 if keys is None else int(keys.shape[-2])

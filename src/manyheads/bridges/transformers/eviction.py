@@ -24,9 +24,18 @@ from transformers.cache_utils import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from manyheads.bridges.transformers.evicting_cache import LAYER, EvictingCache, EvictingLayer
+from manyheads.bridges.transformers.base import Wrapped
+from manyheads.bridges.transformers.evicting_cache import (
+    LAYER,
+    EvictingCache,
+    EvictingCrossLayer,
+    EvictingLayer,
+)
 from manyheads.bridges.transformers.rotation import rotation
+from manyheads.compress.a2sf import own as own_models
+from manyheads.compress.a2sf.cross import CrossState
 from manyheads.compress.a2sf.policy import CachePolicy
+from manyheads.compress.a2sf.sink_recent import SinkRecent
 from manyheads.compress.a2sf.state import EvictionState, Rotate
 
 __all__ = ["EvictingCache", "EvictingLayer", "attached", "install", "new_cache"]
@@ -47,10 +56,18 @@ def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = Non
 
     Returns:
         An :class:`EvictingCache`; of an encoder-decoder an ``EncoderDecoderCache`` whose
-        ``self_attention_cache`` is one: what the encoder said is never evicted.
+        ``self_attention_cache`` is one, and with ``cross_budget`` the ``cross_attention_cache``
+        too.
     """
     own = _check(model)
+    if isinstance(own, Wrapped):
+        raise ValueError(
+            f"a {type(own).__name__} makes its caches itself: use policy.attach(model), and "
+            "model.new_cache() inside"
+        )
     config = _decoder_config(own)
+    crosses = policy.settings.cross_budget is not None
+    said: CachePolicy = SinkRecent(budget=sys.maxsize) if policy.holds_all else policy
     rotate: Rotate | None = rotation(model) if policy.rotates else None
     layers: list[Any] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
@@ -58,14 +75,20 @@ def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = Non
             layers.append(layer)
             continue
         window = getattr(layer, "sliding_window", None)
-        if window is not None and _bounded(policy, index, window):
+        if window is not None and _bounded(said, index, window):
             layers.append(layer)
             continue
-        state = EvictionState(policy, index, window=window, rotate=rotate, prompt=prompt)
+        state = EvictionState(said, index, window=window, rotate=rotate, prompt=prompt)
         layers.append(EvictingLayer(state))
     cache = EvictingCache(layers)
     if own.config.is_encoder_decoder:
-        return EncoderDecoderCache(cache, DynamicCache(config=config))
+        heard: DynamicCache = DynamicCache(config=config)
+        if crosses:
+            count = len(heard.layers)
+            heard = EvictingCache(
+                [EvictingCrossLayer(CrossState(policy), cache) for _ in range(count)]
+            )
+        return EncoderDecoderCache(cache, heard)
     return cache
 
 
@@ -73,6 +96,10 @@ def new_cache(policy: CachePolicy, model: nn.Module, *, prompt: int | None = Non
 def attached(policy: CachePolicy, model: nn.Module) -> Iterator[Cache]:
     """Let a model generate within a policy's budget; afterwards it is as before."""
     own = _check(model)
+    if isinstance(own, Wrapped):
+        with own_models.attached(policy, own.model):
+            yield own.new_cache()
+        return
     before, had = own.config._attn_implementation, _take_away(own)
     try:
         cache = new_cache(policy, model)
@@ -96,6 +123,9 @@ def install(policy: CachePolicy, model: nn.Module) -> None:
             cannot be asked who attends to whom.
     """
     own = _check(model)
+    if isinstance(own, Wrapped):
+        own_models.install(policy, own.model)
+        return
     inner = str(own.config._attn_implementation)
     if inner.startswith(_PREFIX):
         inner = inner.removeprefix(_PREFIX)
@@ -103,6 +133,11 @@ def install(policy: CachePolicy, model: nn.Module) -> None:
         raise ValueError(
             f"attention is {inner!r}, which an evicting cache does not work with: "
             f"model.set_attn_implementation('sdpa') first, or one of {', '.join(_INNER)}"
+        )
+    if policy.settings.cross_budget is not None and not own.config.is_encoder_decoder:
+        raise ValueError(
+            f"cross_budget is {policy.settings.cross_budget} and {type(own).__name__} has no "
+            "encoder: leave it out"
         )
     if policy.rotates and next(model.parameters()).device.type != "meta":
         rotation(model)
@@ -198,7 +233,7 @@ def _evicting(inner: str) -> Attention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         attend: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(inner, _eager(module))
-        layer: EvictingLayer | None = getattr(key, LAYER, None)
+        layer: EvictingLayer | EvictingCrossLayer | None = getattr(key, LAYER, None)
         if layer is None:
             return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         delattr(key, LAYER)
@@ -207,6 +242,15 @@ def _evicting(inner: str) -> Attention:
                 f"{type(module).__name__} adds a bias or sinks to its attention, which an "
                 "evicting cache does not know"
             )
+        if isinstance(layer, EvictingCrossLayer):
+            if attention_mask is not None:
+                raise ValueError(
+                    f"{type(module).__name__} masks positions of its encoder, which cross_budget "
+                    "does not know: leave it out"
+                )
+            out, rows = attend(module, query, key, value, None, scaling=scaling, **kwargs)
+            layer.settle(query, key, scale=scaling, rows=rows)
+            return out, rows
         mask = layer.state.mask(attention_mask, query)
         out, rows = attend(module, query, key, value, mask, scaling=scaling, **kwargs)
         layer.state.settle(query, key, mask=mask, scale=scaling, rows=rows)

@@ -152,6 +152,13 @@ class ManyheadsForCausalLM(Wrapped, GenerationMixin):
                 f"cache_implementation={kind!r} is for keys and values: leave it away, this model "
                 "brings its own cache"
             )
+        policy = getattr(self.model.make_caches, "policy", None)
+        ratio = None if policy is None else policy.settings.budget_ratio
+        if ratio is not None and generation_config.prefill_chunk_size:
+            raise ValueError(
+                f"budget_ratio={ratio} is a share of a prompt, and prefill_chunk_size reads it in "
+                "chunks: give budget_tokens, or the prompt at once"
+            )
         given = model_kwargs.get("cache")
         if given is not None:
             given._is_user_defined = True  # generate() may not leave it half-way

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from manyheads.compress.a2sf.a2sf import A2SF, A2SFConfig
+from manyheads.compress.a2sf.cross import CrossState
 from manyheads.compress.a2sf.h2o import H2O
 from manyheads.compress.a2sf.policy import CacheConfig, CachePolicy, Split
 from manyheads.compress.a2sf.quality import bits_per_byte, continuation_loss
@@ -22,6 +23,7 @@ __all__ = [
     "A2SFConfig",
     "CacheConfig",
     "CachePolicy",
+    "CrossState",
     "EvictionState",
     "SinkConfig",
     "SinkRecent",

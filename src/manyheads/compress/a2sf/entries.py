@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Entries", "dequantise", "quantise"]
+__all__ = ["Entries", "dequantise", "quantise", "restored", "stored"]
 
 
 class Entries:
@@ -71,3 +71,17 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise(number: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what :func:`quantise` was given, rounded."""
     return (number.to(scale.dtype) * scale).to(dtype)
+
+
+def stored(key: Tensor, value: Tensor, bits: int | None) -> dict[str, Tensor]:
+    """Return what is held of keys and values: themselves, or with 8 bits int8 and its scales."""
+    if bits is None:
+        return {"key": key, "value": value}
+    (k, k_scale), (v, v_scale) = quantise(key), quantise(value)
+    return {"key": k, "key_scale": k_scale, "value": v, "value_scale": v_scale}
+
+
+def restored(held: Entries, name: str, dtype: torch.dtype) -> Tensor:
+    """Return "key" or "value" of what :func:`stored` gave, in ``dtype``."""
+    scale = held.tensors.get(name + "_scale")
+    return held[name] if scale is None else dequantise(held[name], scale, dtype)

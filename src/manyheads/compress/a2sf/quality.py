@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.compress.a2sf.own import held_bytes, own_model
 from manyheads.compress.procedure import Batch
+from manyheads.models.language.causal import CausalLM
 
 if TYPE_CHECKING:
     from manyheads.compress.a2sf.policy import CachePolicy
 
-__all__ = ["bits_per_byte", "compare", "continuation_loss"]
+__all__ = ["bits_per_byte", "cache_bytes", "compare", "continuation_loss"]
+
+_NAMES = ("input_ids", "tokens"), ("attention_mask", "mask")
 
 
 @torch.no_grad()
@@ -34,7 +38,7 @@ def continuation_loss(
     """Return the loss of each token after the prompt, read one by one as generation does.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers or ours.
         ids: (B, N).
         prompt: tokens that are read at once and not scored.
         policy: of the cache; None for one that holds everything.
@@ -50,6 +54,9 @@ def continuation_loss(
     if not 0 < prompt < length:
         raise ValueError(f"prompt is {prompt} of {length} tokens: leave at least one to score")
     real = torch.ones_like(ids) if mask is None else mask
+    own = own_model(model)
+    if own is not None:
+        return _own_loss(own, ids, prompt, policy, mask)
     losses = []
     with nullcontext() if policy is None else policy.attach(model) as cache:
         start, stop = 0, prompt
@@ -65,7 +72,7 @@ def continuation_loss(
             loss = F.cross_entropy(out.logits[:, -1].float(), ids[:, stop], reduction="none")
             losses.append(loss * (real[:, stop] != 0))
             start, stop = stop, stop + 1
-        held = _bytes(cache)
+        held = cache_bytes(cache)
     return torch.stack(losses, 1), held
 
 
@@ -98,11 +105,11 @@ def compare(policy: CachePolicy, model: nn.Module, calibration: Iterable[Batch])
     The first half of each batch is the prompt.
 
     Raises:
-        ValueError: no batch of at least two tokens with ``input_ids``.
+        ValueError: no batch of at least two tokens with ``input_ids`` (``tokens`` of our models).
     """
     sums, bytes_held, tokens = [0.0, 0.0], [0, 0], 0
     for batch in calibration:
-        ids = batch.get("input_ids")
+        ids, mask = (_either(batch, *names) for names in _NAMES)
         if ids is None or ids.shape[1] < 2:
             raise ValueError("a calibration batch needs input_ids of at least two tokens")
         for place, chosen in enumerate((None, policy)):
@@ -111,11 +118,11 @@ def compare(policy: CachePolicy, model: nn.Module, calibration: Iterable[Batch])
                 ids,
                 prompt=ids.shape[1] // 2,
                 policy=chosen,
-                mask=batch.get("attention_mask"),
+                mask=mask,
             )
             sums[place] += float(losses.sum())
             bytes_held[place] = max(bytes_held[place], held)
-        real = batch.get("attention_mask", torch.ones_like(ids))[:, ids.shape[1] // 2 :]
+        real = (torch.ones_like(ids) if mask is None else mask)[:, ids.shape[1] // 2 :]
         tokens += int((real != 0).sum())
     if not tokens:
         raise ValueError("the calibration holds no token to score")
@@ -128,7 +135,39 @@ def compare(policy: CachePolicy, model: nn.Module, calibration: Iterable[Batch])
     }
 
 
-def _bytes(cache: Any) -> int:
+def _either(batch: Batch, *names: str) -> Tensor | None:
+    return next((batch[name] for name in names if name in batch), None)
+
+
+def _own_loss(
+    model: CausalLM, ids: Tensor, prompt: int, policy: CachePolicy | None, mask: Tensor | None
+) -> tuple[Tensor, int]:
+    real = None if mask is None or bool((mask != 0).all()) else mask != 0
+    losses = []
+    with nullcontext() if policy is None else policy.attach(model):
+        state = model.init_state(len(ids))
+        first = None if real is None else real[:, :prompt]
+        logits, state = model.update(ids[:, :prompt], state, mask=first)
+        last = logits[:, -1]
+        for place in range(prompt, ids.shape[1]):
+            losses.append(F.cross_entropy(last.float(), ids[:, place], reduction="none"))
+            if place + 1 == ids.shape[1]:
+                break
+            if real is None or bool(real[:, place].all()):
+                last, state = model.step(ids[:, place], state)
+            else:
+                one = slice(place, place + 1)
+                logits, state = model.update(ids[:, one], state, mask=real[:, one])
+                last = logits[:, -1]
+    stacked = torch.stack(losses, 1)
+    scored = stacked if real is None else stacked * real[:, prompt:]
+    return scored, held_bytes(state.layers)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes that a transformers cache holds, those of an encoder's keys included."""
+    if hasattr(cache, "cross_attention_cache"):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
     own: int | None = getattr(cache, "nbytes", None)
     if own is not None:
         return own

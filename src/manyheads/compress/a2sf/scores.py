@@ -63,7 +63,7 @@ def column_sums(
     forgetting factor below one all but the last few hundred have none in float32.
 
     Args:
-        query: (B, H, N, D), the last N of M tokens.
+        query: (B, H, N, D), the last N of M tokens unless ``mask`` says otherwise.
         key: (B, G, M, D).
         weights: (B, N), of the queries.
         mask: True where a query may attend, or a bias, broadcast to (B, H, N, M); None for
@@ -74,7 +74,7 @@ def column_sums(
         (B, G, M), in float32 at least.
 
     Raises:
-        ValueError: more queries than keys, or heads that G does not divide.
+        ValueError: more queries than keys without a mask, or heads that G does not divide.
 
     Example:
         >>> key = torch.zeros(1, 1, 3, 4)
@@ -85,7 +85,7 @@ def column_sums(
     groups, keys = key.shape[1], key.shape[2]
     if heads % groups:
         raise ValueError(f"query has {heads} heads, which is no multiple of the key's {groups}")
-    if queries > keys:
+    if mask is None and queries > keys:
         raise ValueError(f"query has {queries} tokens and key {keys}: keys hold the queries' own")
     share, past = heads // groups, keys - queries
     kind = torch.promote_types(query.dtype, torch.float32)

@@ -27,6 +27,11 @@ class SinkConfig(CacheConfig):
 
     def __post_init__(self) -> None:
         CacheConfig.__post_init__(self)
+        if self.cross_budget is not None:
+            raise ValueError(
+                f"cross_budget is {self.cross_budget}, but an encoder's positions are there all at "
+                "once, and none is first or recent: use a2sf, h2o or snapkv"
+            )
         if self.recent is not None:
             raise ValueError(
                 f"recent is {self.recent}, but without scores all of the budget beyond sink="

@@ -40,7 +40,8 @@ class SnapKV(CachePolicy):
 
     Decided once, on the prompt. While generating, the newest tokens slide: what was chosen stays,
     and generated tokens are forgotten in order (``decode=False`` keeps them all, as published). A
-    prompt read in chunks is judged by each chunk's last queries. Reads 2404.14469.
+    prompt read in chunks is judged by each chunk's last queries; encoder positions
+    (``cross_budget``) by the last ones of the decoder's prompt. Reads 2404.14469.
 
     Example:
         >>> SnapKV(budget=64, window=8).split(64)
@@ -52,6 +53,10 @@ class SnapKV(CachePolicy):
 
     def _recent(self, budget: int) -> int:
         return min(self.settings.window, budget)
+
+    @property
+    def cross_queries(self) -> int:
+        return 0  # decided on the prompt, however short
 
     def weights(self, real: Tensor, *, prompt: bool) -> Tensor | None:
         if not prompt:

@@ -1,8 +1,8 @@
 """One layer's cache under a policy: what is held, who sees what, and which tokens go.
 
 B batch, H query heads, G key-value heads, N new tokens, n all tokens at hand, D head dim. Heads
-hold different tokens but equally many; ``positions`` says which, counted from the first token
-that the layer saw, padding included.
+hold different tokens but equally many; "position" says which, counted from the first token that
+the layer saw, padding included, unless :meth:`EvictionState.append` is told otherwise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from manyheads.compress.a2sf.entries import Entries, dequantise, quantise
+from manyheads.compress.a2sf.entries import Entries, dequantise, restored, stored
 from manyheads.compress.a2sf.policy import CachePolicy
 from manyheads.compress.a2sf.scores import accumulate, column_sums
 
@@ -71,21 +71,27 @@ class EvictionState:
         """Bytes held, scales, positions and scores included."""
         return 0 if self.held is None else self.held.nbytes
 
+    @property
+    def real(self) -> Tensor | None:
+        """Which of the newest tokens are real, (B, N); None before there are any."""
+        return self._real
+
     def read(self, name: str) -> Tensor | None:
         """Return "key" or "value" of the tokens held, (B, G, n, D); None before there are any."""
         if self.held is None:
             return None
-        if self.policy.settings.bits is None:
-            return self.held[name]
         assert self._kind is not None
-        return dequantise(self.held[name], self.held[name + "_scale"], self._kind)
+        return restored(self.held, name, self._kind)
 
     @torch.no_grad()
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key: Tensor, value: Tensor, *, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the keys and values to attend to: those held, then the new ones.
 
         Args:
             key, value: (B, G, N, D), of the new tokens.
+            places: (B, N), their positions, where padding is not counted; always or never.
 
         Raises:
             RuntimeError: the tokens before were never settled.
@@ -101,9 +107,11 @@ class EvictionState:
         self._kind = key.dtype
         if self.budget is None:
             self.budget = self.policy.budget(self.layer, self.prompt or new)
-        places = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=key.device)
-        tensors = self._stored(key, value)
-        tensors["position"] = places.repeat(batch, groups, 1)
+        if places is None:
+            places = torch.arange(self.seen, self.seen + new, device=key.device)[None]
+        places = places[:, None].to(torch.int32)
+        tensors = stored(key, value, self.policy.settings.bits)
+        tensors["position"] = places.expand(batch, groups, -1).contiguous()
         tensors["valid"] = torch.ones(batch, groups, new, dtype=torch.bool, device=key.device)
         if self.policy.needs_scores:
             kind = torch.promote_types(key.dtype, torch.float32)
@@ -117,7 +125,7 @@ class EvictionState:
         self._now = held.append(fresh)
         keys, values = self._read(self._now, key, value)
         if self.rotate is not None and self._ragged:
-            keys = self._moved(keys, held)
+            keys = self._moved(keys, held, places[:, :, :1].long())
         return keys, values
 
     def mask(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -201,12 +209,6 @@ class EvictionState:
         if self.held is not None:
             self.held = self.held.map(change)
 
-    def _stored(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        if self.policy.settings.bits is None:
-            return {"key": key, "value": value}
-        (k, k_scale), (v, v_scale) = quantise(key), quantise(value)
-        return {"key": k, "key_scale": k_scale, "value": v, "value_scale": v_scale}
-
     def _read(self, now: Entries, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.policy.settings.bits is None:
             return now["key"], now["value"]
@@ -218,14 +220,14 @@ class EvictionState:
             pair.append(torch.cat((old, new), 2))
         return pair[0], pair[1]
 
-    def _moved(self, keys: Tensor, held: Entries) -> Tensor:
-        """Turn held keys so that no position is missing between them and the new ones."""
+    def _moved(self, keys: Tensor, held: Entries, first: Tensor) -> Tensor:
+        """Turn held keys so that no position is missing between them and the first new one."""
         assert self.rotate is not None
         # Without padding all but the first tokens are next to each other.
         some = len(held) if self._padded else self.policy.split(len(held)).sink
         valid = held["valid"].long()
         after = valid.flip(-1).cumsum(-1).flip(-1)
-        shift = (self.seen - self._new - after - held["position"])[:, :, :some]
+        shift = (first - after - held["position"])[:, :, :some]
         moved = self.rotate(keys[:, :, :some], shift)
         return torch.cat((moved, keys[:, :, some:]), 2)
 

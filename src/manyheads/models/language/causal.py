@@ -5,7 +5,7 @@ B batch, N length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manyheads.errors import unknown_name
+from manyheads.layers.cache import KeptCache
 from manyheads.models.base import Model
 
 __all__ = ["CausalLM", "LMState", "next_token_loss", "sample_token"]
@@ -81,11 +82,25 @@ class CausalLM(Model):
 
     A subclass gives ``forward(tokens, *, mask, cu_seqlens)`` -> logits (B, N, V),
     ``init_state(batch_size)``, and ``update(tokens, state, *, mask)`` -> (logits, state).
+
+    ``make_caches``, where it is set and the model knows it, exchanges the states of the layers
+    before the first token: see :meth:`manyheads.compress.a2sf.CachePolicy.attach`.
     """
+
+    make_caches: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]] | None = None
 
     def init_state(self, batch_size: int) -> LMState:
         """Return the state before the first token."""
         raise unknown_name("streaming form of", type(self).__name__, ())
+
+    def start(self, prompt: Tensor) -> LMState:
+        """Return the state that a prompt (B, N) is read into, in one block or in several."""
+        state = self.init_state(prompt.shape[0])
+        for own in state.layers:
+            cache = getattr(own, "cache", None)
+            if isinstance(cache, KeptCache):
+                cache.expect(prompt.shape[1])
+        return state
 
     def update(
         self, tokens: Tensor, state: LMState, *, mask: Tensor | None = None
@@ -124,7 +139,8 @@ class CausalLM(Model):
             max_new_tokens: how many to yield at most; stops early when all rows gave ``eos``.
             mask: (B, N), True = a real token.
             temperature, top_k, top_p, generator: see :func:`sample_token`.
-            prefill_block: tokens of the prompt read at once; bounds memory, not the result.
+            prefill_block: tokens of the prompt read at once; bounds memory, and changes the result
+                only under a cache policy, which evicts after each block.
 
         Raises:
             ValueError: the prompt is empty, or padded on the right.
@@ -133,7 +149,7 @@ class CausalLM(Model):
             raise ValueError(f"prompt has shape {tuple(prompt.shape)}: need (batch, length >= 1)")
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("prompts of different lengths must be padded on the left")
-        state = self.init_state(prompt.shape[0])
+        state = self.start(prompt)
         logits = None
         for start in range(0, prompt.shape[1], prefill_block):
             block = slice(start, start + prefill_block)

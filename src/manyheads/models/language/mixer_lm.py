@@ -250,11 +250,11 @@ class MixerLM(CausalLM):
         return self.head(self.norm(x))
 
     def init_state(self, batch_size: int) -> LMState:
+        layers = tuple(block.mixer.init_state(batch_size) for block in self._blocks)
+        if self.make_caches is not None:
+            layers = self.make_caches(self, layers)
         device = self.embed.weight.device
-        return LMState(
-            tuple(block.mixer.init_state(batch_size) for block in self._blocks),
-            torch.zeros(batch_size, dtype=torch.long, device=device),
-        )
+        return LMState(layers, torch.zeros(batch_size, dtype=torch.long, device=device))
 
     def update(
         self, tokens: Tensor, state: LMState, *, mask: Tensor | None = None
