@@ -87,6 +87,8 @@ def measure_onnx(
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Idle threads of one model would take the cores from the next one, whose turn it is.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     x = torch.randn(1, 3, side, side)
     calls: dict[str, Callable[[], Any]] = {}
     with TemporaryDirectory() as folder:
