@@ -1,10 +1,13 @@
-"""Run `manyheads shrink` on the real models that packages ship; one JSON a run in results/shrink.
+"""Run `manyheads shrink` on real models; one JSON a run in results/shrink.
 
-Give names to run some alone. Nothing else should run on the machine.
+The models are those that packages ship, and with ``--runs DIR`` those that
+``tools/train_results.py --work DIR`` trained. Give names to run some alone. Nothing else should
+run on the machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -18,6 +21,26 @@ MINILM = "builtin:minilm --calibrate builtin:kjv --evaluate builtin:lee"
 VERSES = "builtin:minilm --calibrate builtin:kjv --evaluate builtin:verses"
 WHISPER = "builtin:whisper --calibrate builtin:librivox --evaluate builtin:librivox"
 PROMPTS = "builtin:whisper --calibrate builtin:librivox --evaluate builtin:prompts"
+KJV = "--calibrate builtin:kjv --evaluate builtin:kjv --samples 64 --length 256"
+CACHED = f"runs/kjv-softmax {KJV}"
+RECALL = "runs/recall-softmax --evaluate builtin:recall --samples 256"
+# A quarter of the text in the cache: of 256 tokens, and of the 64 of a sequence of pairs.
+POLICIES = {
+    "a2sf": "a2sf",
+    "a2sf-slow": "a2sf --set alpha=0.9",
+    "h2o": "h2o",
+    "streaming": "streaming",
+}
+TRAINED = {
+    "kjv-mamba-quamba": f"runs/kjv-mamba {KJV} --method quamba",
+    "kjv-mamba-naive": f"runs/kjv-mamba {KJV} --method quamba --set percentile=none "
+    "--set hadamard=false",
+    "kjv-mamba-clipped": f"runs/kjv-mamba {KJV} --method quamba --set hadamard=false",
+    "kjv-mamba-rotated": f"runs/kjv-mamba {KJV} --method quamba --set percentile=none",
+    **{f"kjv-{n}": f"{CACHED} --method {m} --set budget_tokens=64" for n, m in POLICIES.items()},
+    **{f"recall-{n}": f"{RECALL} --method {m} --set budget_tokens=16"
+       for n, m in POLICIES.items()},
+}  # fmt: skip
 RUNS = {
     "minilm-attention": f"{MINILM} --method llm-drop --set attention=0 --budget quality=0.05",
     "minilm-blocks": f"{MINILM} --method llm-drop --set blocks=0 --budget quality=0.05",
@@ -40,18 +63,27 @@ RUNS = {
 
 def main() -> int:
     """Run what was named, or all; a run that fails is said and the next goes on."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*RUNS, *TRAINED, []])
+    parser.add_argument("--runs", type=Path, help="folder of the trained models")
+    given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     failed = []
-    for name in sys.argv[1:] or RUNS:
-        words = RUNS[name].split()
+    for name in given.names or (*RUNS, *(TRAINED if given.runs else ())):
+        command = (RUNS | TRAINED)[name]
+        if name in TRAINED and given.runs is None:
+            parser.error(f"{name} is of a trained model: train it with tools/train_results.py "
+                         "--work DIR, then give --runs DIR")  # fmt: skip
+        words = [str(given.runs / w[5:]) if w.startswith("runs/") else w for w in command.split()]
         out = io.StringIO()
-        print(f"manyheads shrink {' '.join(words)}", file=sys.stderr)
+        print(f"manyheads shrink {command}", file=sys.stderr)
         with contextlib.redirect_stdout(out):
             code = manyheads(["shrink", *words, "--json"])
         if code not in (0, 1) or not out.getvalue():
             failed.append(name)
             continue
-        record = {"command": f"manyheads shrink {' '.join(words)}", **json.loads(out.getvalue())}
+        found = json.loads(out.getvalue().replace(str(given.runs), "runs"))
+        record = {**found, "command": f"manyheads shrink {command}"}
         (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(record["answer"])
     if failed:
