@@ -6,7 +6,7 @@ B batch, N length, C embed_dim, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from manyheads.layers.keymap import KeyMap
 from manyheads.layers.mlp import swiglu_width
 from manyheads.layers.norms import RMSNorm
 from manyheads.layers.ragged import check_cu_seqlens, check_mask, sequence_ids
+from manyheads.layers.sharing import SharingConfig, named_slots, share
 from manyheads.models.base import Model
 from manyheads.models.language.mixer_lm import (
     POSITION_SCALE,
@@ -26,6 +27,7 @@ from manyheads.models.language.mixer_lm import (
     packed_positions,
 )
 from manyheads.models.language.pattern import parse_pattern
+from manyheads.models.language.sharing import exported
 from manyheads.registry import get_mechanism
 
 __all__ = ["MixerEncoder", "MixerEncoderConfig"]
@@ -44,6 +46,7 @@ class MixerEncoderConfig(Config):
             bidirectional form reads every other layer from the end.
         add_positions: sinusoidal positions on the embedded input; "auto" as in ``MixerLMConfig``.
         pool: "mean" of the real tokens, the "first" or the "last" of them.
+        sharing: how layers share their attention matrices, as in ``MixerLMConfig``.
     """
 
     num_classes: int
@@ -61,12 +64,15 @@ class MixerEncoderConfig(Config):
     norm_eps: float = 1e-6
     dropout: float = 0.0
     pool: Literal["mean", "first", "last"] = "mean"
+    sharing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.vocab_size is None) == (self.in_channels is None):
             raise ValueError("set vocab_size for tokens or in_channels for real input, one of them")
         if self.pool not in ("mean", "first", "last"):
             raise ValueError(f"pool {self.pool!r} must be 'mean', 'first' or 'last'")
+        if self.sharing:
+            SharingConfig.from_dict(self.sharing)
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -122,6 +128,8 @@ class MixerEncoder(Model):
         self.norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
         self.head = nn.Linear(c.embed_dim, c.num_classes)
         initialise(self, blocks)
+        if c.sharing:
+            share(self, named_slots(self), SharingConfig.from_dict(c.sharing))
 
     def features(
         self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -185,6 +193,15 @@ class MixerEncoder(Model):
         ids = sequence_ids(cu_seqlens, h.shape[0])
         total = h.new_zeros(len(starts), h.shape[1]).index_add(0, ids, h)
         return total / (ends - starts).clamp_min(1)[:, None]
+
+    def export(self, *, dense: bool = True) -> Self:
+        """Return a copy for use, of a model whose layers share matrices; exact.
+
+        Args:
+            dense: every layer has its mixed matrices, and nothing is shared any more; False: the
+                atoms stay, and a network that made coefficients gives way to its table.
+        """
+        return exported(self, dense=dense)
 
     def key_map(self) -> KeyMap:
         """A MixerEncoder is our own: official names are ours."""
