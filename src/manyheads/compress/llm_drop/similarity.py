@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from manyheads.compress.anatomy import Anatomy, Sublayer, anatomy
 
-__all__ = ["Similarities", "measure_similarities", "real_tokens"]
+__all__ = ["BlockMasks", "Similarities", "measure_similarities", "real_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,32 @@ def real_tokens(batch: Mapping[str, Any], role: str, tokens: int) -> Tensor | No
     return None
 
 
+class BlockMasks(ExitStack):
+    """Which tokens are real, in the order in which the block that runs has them.
+
+    A batch says it for the model's inputs; some layers of a MixerEncoder read from the end.
+    """
+
+    def __init__(self, model: nn.Module, parts: Anatomy) -> None:
+        super().__init__()
+        self._batch: Mapping[str, Any] = {}
+        for block in parts.blocks:
+            if block.family == "manyheads":
+                module = model.get_submodule(block.path)
+                handle = module.register_forward_pre_hook(self._see, with_kwargs=True)
+                self.callback(handle.remove)
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        self._batch = batch
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch = {"mask": args[1] if len(args) > 1 else kwargs.get("mask")}
+
+    def real(self, role: str, tokens: int) -> Tensor | None:
+        """Return the mask (tokens,) of real tokens, None where all are."""
+        return real_tokens(self._batch, role, tokens)
+
+
 def _cosine(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
     before, after = _rows(before), _rows(after)
     if mask is not None:
@@ -140,7 +166,7 @@ class _Recorder(ExitStack):
         self._blocks = {b.path: _Mean() for b in parts.blocks}
         self._grams: dict[str, Tensor] = {}
         self._tokens = dict.fromkeys(parts.stacks, 0)
-        self._batch: Mapping[str, Any] = {}
+        self._masks = self.enter_context(BlockMasks(model, parts))
         self._stream: dict[str, Tensor] = {}
         self._boundaries: dict[str, list[Tensor]] = {}
         for block in parts.blocks:
@@ -167,7 +193,7 @@ class _Recorder(ExitStack):
         self._hook(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._batch = batch
+        self._masks.begin(batch)
         self._boundaries = {stack: [] for stack in self._parts.stacks}
 
     def end_batch(self) -> None:
@@ -182,7 +208,7 @@ class _Recorder(ExitStack):
     def _leaving(self, block: Any) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             before, after = self._stream.pop(block.path), _tensor(output)
-            mask = real_tokens(self._batch, block.role, before.numel() // before.shape[-1])
+            mask = self._masks.real(block.role, before.numel() // before.shape[-1])
             self._blocks[block.path].add(before, after, mask)
             if self._unit:
                 places = range(len(block.sublayers))
@@ -209,7 +235,7 @@ class _Recorder(ExitStack):
 
         def done(_: nn.Module, args: Any, output: Any) -> None:
             before = self._stream.pop(name)
-            mask = real_tokens(self._batch, role, before.numel() // before.shape[-1])
+            mask = self._masks.real(role, before.numel() // before.shape[-1])
             self._branches[key].add(before, _tensor(output), mask)
 
         self._hook(norm.register_forward_hook(normed))
