@@ -146,7 +146,7 @@ def test_moments_are_of_real_tokens_alone() -> None:
 def test_layers_that_read_from_the_end_have_their_padding_where_they_see_it() -> None:
     model, data = build("encoder"), batches("encoder", count=1)
     parts = anatomy(model)
-    assert model._reversed == [False, True, False, True]
+    assert model.config.directions == (False, True, False, True)
     path = parts.blocks[1].of_kind("attention").attention.key.path
     seen = []
     handle = model.get_submodule(path).register_forward_pre_hook(

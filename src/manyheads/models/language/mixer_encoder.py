@@ -47,6 +47,8 @@ class MixerEncoderConfig(Config):
         add_positions: sinusoidal positions on the embedded input; "auto" as in ``MixerLMConfig``.
         pool: "mean" of the real tokens, the "first" or the "last" of them.
         sharing: how layers share their attention matrices, as in ``MixerLMConfig``.
+        backwards: which layers read from the end, those without a bidirectional form alone; None:
+            every other layer.
     """
 
     num_classes: int
@@ -65,6 +67,7 @@ class MixerEncoderConfig(Config):
     dropout: float = 0.0
     pool: Literal["mean", "first", "last"] = "mean"
     sharing: dict[str, Any] = field(default_factory=dict)
+    backwards: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         if (self.vocab_size is None) == (self.in_channels is None):
@@ -73,11 +76,25 @@ class MixerEncoderConfig(Config):
             raise ValueError(f"pool {self.pool!r} must be 'mean', 'first' or 'last'")
         if self.sharing:
             SharingConfig.from_dict(self.sharing)
+        count = len(self.layer_types)
+        if self.backwards is not None and len(self.backwards) != count:
+            raise ValueError(f"backwards names {len(self.backwards)} layers of {count}: name each")
 
     @property
     def layer_types(self) -> tuple[str, ...]:
         """The mechanism of each layer."""
         return parse_pattern(self.mixers, self.num_layers)
+
+    @property
+    def directions(self) -> tuple[bool, ...]:
+        """Whether each layer reads from the end: causal layers do in turn, so that both directions
+        are seen.
+        """
+        turned = self.backwards or [number % 2 == 1 for number in range(len(self.layer_types))]
+        return tuple(
+            bool(back) and not get_mechanism(name).bidirectional
+            for name, back in zip(self.layer_types, turned, strict=True)
+        )
 
     @property
     def has_positions(self) -> bool:
@@ -110,11 +127,8 @@ class MixerEncoder(Model):
             self.embed = nn.Linear(c.in_channels, c.embed_dim)
         hidden = swiglu_width(c.embed_dim, ratio=c.mlp_ratio, multiple=c.mlp_multiple)
         blocks: list[MixerBlock] = []
-        self._reversed: list[bool] = []
         for name in c.layer_types:
             both_ways = get_mechanism(name).bidirectional
-            # Causal layers look backwards and forwards in turn, so that both directions are seen.
-            self._reversed.append(not both_ways and len(blocks) % 2 == 1)
             mixer = build_mixer(
                 name,
                 embed_dim=c.embed_dim,
@@ -124,6 +138,8 @@ class MixerEncoder(Model):
                 options=c.mixer_options.get(name, {}),
             )
             blocks.append(MixerBlock(mixer, c.embed_dim, hidden, eps=c.norm_eps, dropout=c.dropout))
+        for block, backwards in zip(blocks, c.directions, strict=True):
+            block.backwards = backwards
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
         self.head = nn.Linear(c.embed_dim, c.num_classes)
@@ -142,10 +158,8 @@ class MixerEncoder(Model):
             places = packed_positions(length, mask, cu_seqlens, x.device)
             scale = 1.0 if self.config.vocab_size is None else POSITION_SCALE
             h = h + scale * sinusoidal(places, self.config.embed_dim).to(h)
-        for block, backwards in zip(
-            cast(list[MixerBlock], list(self.layers)), self._reversed, strict=True
-        ):
-            if backwards:
+        for block in cast(list[MixerBlock], list(self.layers)):
+            if block.backwards:
                 turned = _turned(length, cu_seqlens, x.device)
                 flipped = None if mask is None else mask[:, turned]
                 h = block(h[:, turned], flipped, cu_seqlens)[:, turned]

@@ -129,6 +129,8 @@ def build_mixer(
 class MixerBlock(nn.Module):
     """x += mixer(norm(x)); x += mlp(norm(x)), with a gated MLP or a plain one."""
 
+    backwards = False  # whether an encoder gives it sequences from their end
+
     def __init__(
         self,
         mixer: SequenceMixer,
