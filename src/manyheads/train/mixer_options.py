@@ -117,8 +117,8 @@ class LMOptions(SharedMixerOptions):
     """Train a language model of any mechanisms on text.
 
     Attributes:
-        data: a text file, a folder of them, builtin:python (the standard library's sources) or
-          builtin:kjv (the King James Bible).
+        data: a text file, a folder of them, builtin:python (the standard library's sources),
+          builtin:kjv (the King James Bible), builtin:lee (news) or builtin:gcide (a dictionary).
         max_bytes: read at most this much of the text.
         valid_fraction: share of the text, from its end, that is held out to measure on.
         eval_tokens: held-out tokens read at evaluations on the way; the last one reads all.
