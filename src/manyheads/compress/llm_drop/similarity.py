@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.compress.anatomy import Anatomy, Sublayer, anatomy
+from manyheads.models.language.mixer_encoder import turned
 
 __all__ = ["BlockMasks", "Similarities", "measure_similarities", "real_tokens"]
 
@@ -144,6 +145,15 @@ def _cosine(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
     return F.cosine_similarity(before, after, dim=-1, eps=1e-8)
 
 
+def _turned_back(
+    before: Tensor, after: Tensor, mask: Tensor | None, borders: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return streams and mask of a block that reads from the end, in the model's own order."""
+    order = turned(before.shape[1], borders[0] if borders else None, before.device)
+    real = None if mask is None else mask.view(before.shape[:2])[:, order].reshape(-1)
+    return before[:, order], after[:, order], real
+
+
 def _rows(stream: Tensor) -> Tensor:
     return stream.detach().reshape(-1, stream.shape[-1]).float()
 
@@ -206,7 +216,7 @@ class _Recorder(ExitStack):
                 self._grams[stack] = self._grams.get(stack, torch.zeros_like(gram)) + gram
 
     def _leaving(self, block: Any) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             before, after = self._stream.pop(block.path), _tensor(output)
             mask = self._masks.real(block.role, before.numel() // before.shape[-1])
             self._blocks[block.path].add(before, after, mask)
@@ -218,6 +228,8 @@ class _Recorder(ExitStack):
                     mean.add(streams[place], streams[place + 1], mask)
             if self._pairs:
                 streams = self._boundaries[block.stack]
+                if getattr(module, "backwards", False):
+                    before, after, mask = _turned_back(before, after, mask, args[2:])
                 for stream in (before, after)[len(streams) > 0 :]:
                     rows = _rows(stream)
                     streams.append(rows if mask is None else rows[mask])

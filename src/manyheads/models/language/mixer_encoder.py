@@ -30,7 +30,7 @@ from manyheads.models.language.pattern import parse_pattern
 from manyheads.models.language.sharing import exported
 from manyheads.registry import get_mechanism
 
-__all__ = ["MixerEncoder", "MixerEncoderConfig"]
+__all__ = ["MixerEncoder", "MixerEncoderConfig", "turned"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,9 +160,9 @@ class MixerEncoder(Model):
             h = h + scale * sinusoidal(places, self.config.embed_dim).to(h)
         for block in cast(list[MixerBlock], list(self.layers)):
             if block.backwards:
-                turned = _turned(length, cu_seqlens, x.device)
-                flipped = None if mask is None else mask[:, turned]
-                h = block(h[:, turned], flipped, cu_seqlens)[:, turned]
+                order = turned(length, cu_seqlens, x.device)
+                flipped = None if mask is None else mask[:, order]
+                h = block(h[:, order], flipped, cu_seqlens)[:, order]
             else:
                 h = block(h, mask, cu_seqlens)
         return self.norm(h)
@@ -222,7 +222,7 @@ class MixerEncoder(Model):
         raise ValueError("MixerEncoder has no official checkpoints: use save() and load()")
 
 
-def _turned(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+def turned(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """Return the index that reverses the row, or each packed sequence by itself."""
     places = torch.arange(length, device=device)
     if cu_seqlens is None:

@@ -51,9 +51,9 @@ def int8_linear(
 ) -> Tensor:
     """Multiply int8 rows by an int8 matrix: y = (x Wᵀ − offset) · scale · row_scale + bias.
 
-    Sums are int32 and exact for K up to 131,072. For int8 output the scale holds the output's:
-    scale = s_x · s_w / s_y (and bias is in units of s_y); y is rounded, halves away from zero, and
-    clamped to [-128, 127].
+    Sums are int32 and exact for K up to 131,072, with an offset 65,536. For int8 output the scale
+    holds the output's: scale = s_x · s_w / s_y (and bias is in units of s_y); y is rounded, halves
+    away from zero, and clamped to [-128, 127].
 
     Args:
         x: (..., K), int8.
