@@ -83,8 +83,7 @@ def _(x, weight, scale, bias, row_scale, offset, codes):  # type: ignore[no-unty
     return torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("manyheads::int8_float_linear", mutates_args=())
-def float_linear(
+def _float_linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -109,7 +108,17 @@ def float_linear(
     return _multiply(codes, weight, scale, bias, row_scale, offset, False)
 
 
-@float_linear.register_fake
+# Defined without custom_op, whose wrapper takes longer than the product of a few tokens.
+_LIBRARY = torch.library.Library("manyheads", "FRAGMENT")
+_LIBRARY.define(
+    "int8_float_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? input_scale, "
+    "Tensor? input_zero, Tensor? offset) -> Tensor"
+)
+_LIBRARY.impl("int8_float_linear", _float_linear, "CompositeExplicitAutograd")
+float_linear = torch.ops.manyheads.int8_float_linear.default
+
+
+@torch.library.register_fake("manyheads::int8_float_linear")
 def _(x, weight, scale, bias, input_scale, input_zero, offset):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[0])
 
