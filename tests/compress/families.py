@@ -116,6 +116,17 @@ def _ours(layers: int) -> nn.Module:
     )
 
 
+def _encoder(layers: int) -> nn.Module:
+    from manyheads.models.language.mixer_encoder import MixerEncoder, MixerEncoderConfig
+
+    return MixerEncoder(
+        MixerEncoderConfig(
+            vocab_size=VOCAB, num_classes=5, embed_dim=32, num_heads=2, mixers="softmax,gla",
+            num_layers=layers,
+        )
+    )  # fmt: skip
+
+
 _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     "llama": _decoder("LlamaConfig", "LlamaForCausalLM"),
     "mistral": _decoder("MistralConfig", "MistralForCausalLM", sliding_window=None),
@@ -128,6 +139,7 @@ _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     "whisper": _whisper,
     "timm": _timm,
     "ours": _ours,
+    "encoder": _encoder,
 }
 
 
@@ -148,6 +160,8 @@ def batches(family: str, *, count: int = 2, length: int = 13) -> list[dict[str, 
             return {"input_features": mels, "decoder_input_ids": ids}
         mask = torch.ones_like(ids)
         mask[1, -4:] = 0
+        if family == "encoder":
+            return {"x": ids, "mask": mask.bool()}
         return {"input_ids": ids, "attention_mask": mask}
 
     return [one() for _ in range(count)]

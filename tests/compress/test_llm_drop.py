@@ -167,6 +167,31 @@ def test_whole_blocks_are_stock(tmp_path: Path) -> None:
     torch.testing.assert_close(output(stock, data[0]), output(smaller, data[0]), rtol=0, atol=0)
 
 
+def test_what_is_left_of_an_encoder_reads_as_it_did(tmp_path: Path) -> None:
+    """Without its second block the fourth is the third, and goes on reading from the end."""
+    model, data = build("encoder"), batches("encoder")
+    silence(model, 2, "attention")
+    silence(model, 2, "mlp")
+    smaller = LLMDrop(blocks=1).plan(model, data).apply(model)
+    assert model.config.directions == (False, True, False, True)
+    assert smaller.config.directions == (False, True, True)
+    assert torch.equal(output(smaller, data[0]), output(model, data[0]))
+    save_model(smaller, tmp_path / "small")
+    assert torch.equal(output(load_model(tmp_path / "small"), data[0]), output(model, data[0]))
+
+
+def test_streams_of_blocks_that_read_from_the_end_are_compared_token_by_token() -> None:
+    """Branches that add nothing leave the stream as it is: all similarities are 1."""
+    model, data = build("encoder"), batches("encoder")
+    for block in range(4):
+        silence(model, block, "attention")
+        silence(model, block, "mlp")
+    found = measure_similarities(model, data, consecutive=True)
+    (table,) = found.consecutive.values()
+    near = table[table > float("-inf")]
+    torch.testing.assert_close(near, torch.ones_like(near), rtol=0, atol=1e-6)
+
+
 def test_padding_changes_no_similarity() -> None:
     model = build("llama")
     ids = batches("llama")[0]["input_ids"]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyheads.data import builtin
+from manyheads.data import builtin, gcide
 from manyheads.data.text import TextSource, load_text, split_text
 from manyheads.errors import MissingExtraError
 
@@ -197,3 +199,72 @@ def test_the_bible() -> None:
     assert verses[0] == "In the beginning God created the heaven and the earth."
     assert not any(v[0].isdigit() for v in verses)
     assert load_text("builtin:kjv", max_bytes=99_999).data == source.data[:99_999]
+
+
+def dictionary(folder: Path, text: str) -> Path:
+    path = folder / "gcide.dict.dz"
+    path.write_bytes(gzip.compress(text.encode("utf-8")[:-1] + b"\x92\n"))
+    return path
+
+
+ENTRIES = """00-database-info
+   This file was converted.
+
+Begin file 1
+
+Aalii \\A*a"li*i\\, n.
+   A tree of the Pacific.
+   [1913 Webster]
+
+   {Another}, of the same entry. [PJC]
+
+Aam \\Aam\\ ([add]m), n. [D. aam.]
+   A Dutch measure. [Written also {Aum}.] [1913 Webster +PJC]
+   [Webster 1913 Suppl.]
+
+aardvark n.
+   The ant\u2019s bear.
+   [WordNet 1.5]
+"""
+
+
+def test_a_dictionary_has_its_entries_and_no_more(tmp_path) -> None:
+    source = load_text(dictionary(tmp_path, ENTRIES))
+    entries = source.data.decode().rstrip("\n").split("\n\n")
+    assert "3 entries" in source.description
+    text = source.data.decode()
+    assert not any(w in text for w in ("Webster]", "PJC", "WordNet", "database", "Begin", "\ufffd"))
+    assert "[Written also {Aum}.]" in text, "other brackets are text"
+    assert 'Aalii \\A*a"li*i\\, n.\n   A tree of the Pacific.' in entries
+    assert "   {Another}, of the same entry." in entries
+    one = load_text(tmp_path / "gcide.dict.dz", max_bytes=5)
+    assert one.data == source.data[:5]
+
+
+def test_a_dictionary_that_is_none(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gcide, "GCIDE", tmp_path / "none.dz")
+    with pytest.raises(MissingExtraError, match="apt-get install dict-gcide"):
+        load_text("builtin:gcide")
+    with pytest.raises(ValueError, match="holds no entries"):
+        load_text(dictionary(tmp_path, "Only a line.\n"))
+    (tmp_path / "gcide.dict.dz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="cannot be unpacked"):
+        load_text(tmp_path / "gcide.dict.dz")
+
+
+@pytest.mark.realdata
+def test_the_dictionary() -> None:
+    if not gcide.GCIDE.is_file():
+        pytest.skip("needs Debian's dict-gcide")
+    source = load_text("builtin:gcide")
+    assert len(source) > 30_000_000
+    assert b"Lapidate \\Lap" in source.data
+    assert b"[1913 Webster]" not in source.data
+
+
+def test_the_news_items(monkeypatch) -> None:
+    items = SimpleNamespace(background=("One item.", "Another."))
+    monkeypatch.setattr(builtin, "load_lee", lambda: items)
+    source = load_text("builtin:lee")
+    assert source.data == b"One item.\nAnother.\n"
+    assert source.description == "Lee background, 2 news items"

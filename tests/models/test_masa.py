@@ -1,4 +1,4 @@
-"""MixerLM with shared matrices: published sizes, streaming, export, saving."""
+"""MixerLM and MixerEncoder with shared matrices: sizes, streaming, export, saving."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from compare import assert_close
 from manyheads.models import create_model, load_model
+from manyheads.models.language.mixer_encoder import MixerEncoder, MixerEncoderConfig
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 
 
@@ -17,7 +18,15 @@ def build(mixers: str = "softmax*6", **sharing) -> MixerLM:
     return MixerLM(config)
 
 
-def attention_numbers(model: MixerLM) -> int:
+def build_encoder(mixers: str = "softmax*6", **sharing) -> MixerEncoder:
+    config = MixerEncoderConfig(
+        vocab_size=50, num_classes=7, embed_dim=60, num_heads=3, mixers=mixers,
+        sharing={"atoms": 2, **sharing},
+    )  # fmt: skip
+    return MixerEncoder(config)
+
+
+def attention_numbers(model: MixerLM | MixerEncoder) -> int:
     return sum(
         p.numel()
         for name, p in model.named_parameters()
@@ -93,3 +102,47 @@ def test_layers_of_other_shapes_share_among_themselves() -> None:
         build("gla*3,softmax")
     with pytest.raises(ValueError, match="did you mean 'kind'"):
         build(kindd="repeat")
+
+
+@pytest.mark.parametrize("mixers", ["softmax*6", "gla*4,softmax*2"])
+@pytest.mark.parametrize("kind", ["masa", "repeat", "sequential", "low-rank"])
+def test_an_encoder_learns_every_parameter_and_reads_padding_alike(mixers, kind) -> None:
+    """Of gla every other layer reads from the end, with the same atoms as those from the start."""
+    model = build_encoder(mixers, kind=kind).double()
+    tokens = torch.randint(50, (3, 33))
+    model(tokens).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().sum() > 0, name
+    mask = torch.ones(3, 33, dtype=torch.bool)
+    mask[1, :9] = mask[2, 20:] = False
+    with torch.no_grad():
+        alone = torch.cat([model(t[None, m]) for t, m in zip(tokens, mask, strict=True)])
+        assert_close(model.eval()(tokens, mask=mask), alone, 1e-8)
+        borders = torch.tensor([0, 33, 57, 77])
+        assert_close(model(tokens[mask][None], cu_seqlens=borders), alone, 1e-8)
+
+
+def test_an_encoders_attention_has_the_numbers_of_its_atoms() -> None:
+    full = 6 * 4 * 60 * 60
+    counts = {k: attention_numbers(build_encoder(kind=k)) for k in ("masa", "repeat", "low-rank")}
+    assert counts == {"masa": full // 3 + 4 * 6 * 2, "repeat": full // 3, "low-rank": full // 3}
+
+
+@pytest.mark.parametrize("coefficients", ["direct", "network"])
+def test_exports_of_an_encoder_are_the_model_to_the_bit(coefficients, tmp_path) -> None:
+    model = build_encoder(coefficients=coefficients)
+    tokens = torch.randint(50, (3, 33))
+    expected = model(tokens)
+    for dense in (True, False):
+        made = model.export(dense=dense)
+        made.save(tmp_path / str(dense))
+        loaded = load_model(tmp_path / str(dense))
+        assert torch.equal(made(tokens), expected)
+        assert torch.equal(loaded(tokens), expected)
+    assert "shared_atoms" not in dict(model.export().named_children())
+    plain = MixerEncoder(model.config.replace(sharing={}))
+    assert model.export().num_parameters() == plain.num_parameters()
+    assert model.config.sharing["coefficients"] == coefficients
+    with pytest.raises(ValueError, match="did you mean 'kind'"):
+        build_encoder(kindd="repeat")

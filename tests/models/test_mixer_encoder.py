@@ -48,3 +48,13 @@ def test_config_errors() -> None:
         MixerEncoderConfig(num_classes=2)
     with pytest.raises(ValueError, match="pool"):
         MixerEncoderConfig(num_classes=2, vocab_size=3, pool="max")
+
+
+def test_directions_are_in_turn_or_as_given() -> None:
+    config = MixerEncoderConfig(num_classes=4, vocab_size=9, mixers="gla*3,softmax")
+    assert config.directions == (False, True, False, False)
+    given = config.replace(backwards=(True, False, False, True))
+    assert given.directions == (True, False, False, False), "softmax sees both ways"
+    assert MixerEncoderConfig.from_dict(given.to_dict()) == given
+    with pytest.raises(ValueError, match="backwards names 1 layers of 4"):
+        config.replace(backwards=(True,))

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from manyheads.attention import MambaConfig, MambaMixer
 from manyheads.compress.quamba import Int8Mamba, calibrate_block
-from manyheads.native import int8_encode, int8_linear
+from manyheads.native import int8_encode, int8_float_linear, int8_linear
 
 # rows, inputs, outputs
 SHAPES = ((1, 1, 1), (4, 64, 16), (7, 77, 33), (1, 129, 5), (9, 48, 100), (3, 2100, 17),
-          (5, 63, 16), (0, 8, 8))  # fmt: skip
+          (5, 63, 16), (0, 8, 8), (33, 70, 21))  # fmt: skip
 # width, expand, states, taps, groups, bias of the projections, rotated
 BLOCKS = ((8, 2, 8, 4, 1, False, True), (12, 2, 5, 3, 1, True, True),
           (10, 1, 16, 4, 2, False, False), (24, 2, 20, 1, 3, True, True),
@@ -51,8 +51,13 @@ def calls() -> Iterator[None]:
         for scale in (torch.tensor([1e-3]), torch.rand(outputs)):
             int8_linear(x, w, scale, bias=torch.randn(outputs), codes=True)
             int8_linear(x, w, scale, row_scale=torch.rand(rows))
+            int8_float_linear(torch.randn(rows, inputs), w, scale)
             yield
         int8_encode(torch.randn(rows, inputs), torch.tensor([0.02]))
+        int8_float_linear(
+            torch.randn(rows, inputs), w, torch.tensor([1e-3]), input_scale=torch.tensor(0.02),
+            input_zero=torch.tensor(-90, dtype=torch.int32),
+        )  # fmt: skip
         yield
     for shape in BLOCKS:
         _, small = block(shape)

@@ -13,7 +13,7 @@ import torch
 from manyheads.cli import main
 from manyheads.data import SeriesSplit, load_series
 from manyheads.models import load_model
-from manyheads.train.classify import SeriesBatches, hold_out
+from manyheads.train.classify import ClassifyOptions, SeriesBatches, hold_out
 from manyheads.train.own_series import read_own_series
 from train.compare_runs import assert_equal_to_the_bit, figures, metrics
 
@@ -257,3 +257,25 @@ def test_what_cannot_be_read(capsys) -> None:
         assert capsys.readouterr().err.count("\n") == 1
     assert classify("--data", "japanese_vowel", "--out", "run") == 2
     assert "did you mean 'japanese_vowels'" in capsys.readouterr().err
+
+
+def test_layers_that_share_their_attention(tmp_path) -> None:
+    assert classify("--out", "run", "--share-attention", 1, "--mixers", "softmax*3") == 0
+    model = load_model(tmp_path / "run")
+    assert set(model.shared_atoms) == {"query", "key", "value", "output"}
+    assert model.config.sharing == {"atoms": 1}
+    options = ("--sharing", '{"kind": "low-rank"}', "--share-attention", 2)
+    assert classify("--out", "other", *options, "--mixers", "softmax*4") == 0
+    assert not hasattr(load_model(tmp_path / "other"), "shared_atoms")
+
+
+def test_three_layers_for_each_shared_matrix() -> None:
+    options = ClassifyOptions(share_attention=2).resolved()
+    assert options.mixers == "softmax*6"
+    assert "--share-attention 2" in options.command()
+    assert ClassifyOptions(share_attention=2, num_layers=2).resolved().mixers == "softmax*2"
+    assert ClassifyOptions().resolved().mixers == "softmax*2"
+    with pytest.raises(ValueError, match="needs share_attention"):
+        ClassifyOptions(sharing='{"kind": "repeat"}')
+    with pytest.raises(ValueError, match="share_attention is 0"):
+        ClassifyOptions(share_attention=0)

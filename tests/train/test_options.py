@@ -8,13 +8,8 @@ import shlex
 import pytest
 
 from manyheads.options import add_flags, read_flags
-from manyheads.train.options import (
-    ClassifyOptions,
-    GenerateOptions,
-    LMOptions,
-    RecallOptions,
-    URPETaskOptions,
-)
+from manyheads.train.mixer_options import ClassifyOptions, LMOptions, RecallOptions
+from manyheads.train.options import GenerateOptions, URPETaskOptions
 
 ALL = [LMOptions, ClassifyOptions, RecallOptions, URPETaskOptions]
 

@@ -97,6 +97,7 @@ KERNELS: dict[str, Callable[[Arguments, Any], int]] = {
     "manyheads::mamba_scan_backward": _scan_backward,
     "manyheads::mamba_step": _scan,
     "manyheads::int8_linear": _int8_linear,
+    "manyheads::int8_float_linear": _int8_linear,
     "manyheads::int8_encode": lambda a, out: 0,
     "manyheads::int8_conv": _conv,
     "manyheads::int8_scan": _int8_scan,

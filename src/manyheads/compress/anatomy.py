@@ -309,7 +309,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
     Args:
         model: of transformers (Llama, Mistral, Qwen, Gemma, GPT-2, OPT, BERT, ALBERT, Whisper,
-            ViT), timm (VisionTransformer) or ours (MixerLM).
+            ViT), timm (VisionTransformer) or ours (MixerLM, MixerEncoder).
 
     Raises:
         ValueError: no list of blocks was recognised; what was looked for and found is said.

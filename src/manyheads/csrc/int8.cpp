@@ -4,13 +4,12 @@
 // Codes are int8, values are code times scale; what is not a product of codes (SiLU, softplus,
 // exponentials, the states) is float32. Halves are rounded away from zero.
 //
-// Without it: 8-bit matrices are multiplied as floats, which saves memory but no time.
+// Without it: PyTorch multiplies 8-bit matrices, and does the rest in several passes, slower; an
+// 8-bit Mamba saves memory but no time.
 
 #include <omp.h>
 
-#include <vector>
-
-#include "int8.h"
+#include "int8_linear.h"
 
 namespace {
 
@@ -26,37 +25,6 @@ inline Bytes taps_of(const int8_t *const *rows, const int8_t *weight, const floa
   Floats y = real(sum) * in + (bias ? load_some(bias + c, count) : Floats{});
   y *= logistic(y);
   return encode(y / out);
-}
-
-// Sylvester's transform of each of the rows of (base, fast), then the base matrix on the rows.
-void rotate(float *y, float *other, const float *matrix, int64_t base, int64_t fast) {
-  const int64_t n = base * fast;
-  int64_t step = 1;
-  for (; step < kLanes && step < fast; step *= 2)
-    for (int64_t i = 0; i < n; i += 2 * step)
-      for (int64_t j = i; j < i + step; ++j) {
-        const float a = y[j], b = y[j + step];
-        y[j] = a + b;
-        y[j + step] = a - b;
-      }
-  for (; step < fast; step *= 2)
-    for (int64_t i = 0; i < n; i += 2 * step)
-      for (int64_t j = i; j < i + step; j += kLanes) {
-        const Floats a = load(y + j), b = load(y + j + step);
-        store(y + j, a + b);
-        store(y + j + step, a - b);
-      }
-  if (base == 1) return;
-  for (int64_t c = 0; c < fast; c += kLanes) {
-    const int count = width(c, fast);
-    for (int64_t k = 0; k < base; ++k) {
-      Floats sum = {};
-      for (int64_t i = 0; i < base; ++i)
-        sum += matrix[k * base + i] * load_some(y + i * fast + c, count);
-      store_some(other + k * fast + c, sum, count);
-    }
-  }
-  std::memcpy(y, other, n * sizeof(float));
 }
 
 struct Scan {
@@ -110,19 +78,6 @@ void scan_block(const Scan &n, int64_t b, int64_t g, int64_t v, Floats *scratch)
   for (int64_t d = 0; d < D; ++d) store_some(memory + d * V, states[d], count);
 }
 
-std::vector<int32_t> totals_of(const int8_t *x, int64_t row, int64_t rows, int64_t count) {
-  std::vector<int32_t> totals(rows);
-  for (int64_t m = 0; m < rows; ++m) totals[m] = total(x + m * row, count);
-  return totals;
-}
-
-void one_row(const int8_t *weight, const float *scale, const float *bias, int64_t inputs,
-             int64_t outputs, const int8_t *x, float *out, int8_t *codes, int64_t threads) {
-  const Linear n{weight, scale, bias, nullptr, inputs, outputs, 0};
-  const int32_t sum = total(x, inputs);
-  linear(n, x, inputs, 1, &sum, out, codes, threads);
-}
-
 }  // namespace
 
 extern "C" {
@@ -130,10 +85,46 @@ extern "C" {
 // out or codes: (M, O), the other null. sizes: M, K, O, bytes between rows of x, whether scale is
 // (O), threads.
 void int8_linear(const int8_t *x, const int8_t *weight, const float *scale, const float *bias,
-                 const float *row_scale, float *out, int8_t *codes, const int64_t *sizes) {
-  const Linear n{weight, scale, bias, row_scale, sizes[1], sizes[2], sizes[4]};
+                 const float *row_scale, const int32_t *offset, float *out, int8_t *codes,
+                 const int64_t *sizes) {
+  const Linear n{weight, scale, bias, row_scale, offset, sizes[1], sizes[2], sizes[4]};
   const auto totals = totals_of(x, sizes[3], sizes[0], sizes[1]);
   linear(n, x, sizes[3], sizes[0], totals.data(), out, codes, sizes[5]);
+}
+
+// What int8_linear makes of its sums (M, O). sizes: M, O, whether scale is (O), threads.
+void int8_finish(const int32_t *sums, const float *scale, const float *bias,
+                 const float *row_scale, const int32_t *offset, float *out, int8_t *codes,
+                 const int64_t *sizes) {
+  const Linear n{nullptr, scale, bias, row_scale, offset, 0, sizes[1], sizes[2]};
+  const bool many = sizes[0] * sizes[1] > 65536;
+#pragma omp parallel for schedule(static) num_threads(sizes[3]) if (many)
+  for (int64_t m = 0; m < sizes[0]; ++m)
+    for (int64_t o = 0; o < sizes[1]; o += kLanes) {
+      const Finish finish(n, o);
+      finish(n, m, load_ints(sums + m * sizes[1] + o, finish.count), out, codes);
+    }
+}
+
+// x (M, K) to codes, halves to even: with scale and zero, of one number each, or, where both are
+// null, with each row's own scale, which goes to row_scale (M). sizes: M, K, threads.
+void int8_encode_rows(const float *x, int8_t *codes, const float *scale, const int32_t *zero,
+                      float *row_scale, const int64_t *sizes) {
+  encode_rows(x, codes, scale, zero, row_scale, sizes[0], sizes[1], sizes[2]);
+}
+
+// Both in one: x (M, K) to out (M, O). sizes: M, K, O, whether scale is (O), threads.
+void int8_float_linear(const float *x, const int8_t *weight, const float *scale, const float *bias,
+                       const float *input_scale, const int32_t *input_zero, const int32_t *offset,
+                       float *out, const int64_t *sizes) {
+  const int64_t M = sizes[0], K = sizes[1];
+  std::vector<int8_t> codes(M * K);
+  std::vector<float> own(M);
+  encode_rows(x, codes.data(), input_scale, input_zero, own.data(), M, K, sizes[4]);
+  const Linear n{weight, scale, bias, input_scale ? nullptr : own.data(), offset, K, sizes[2],
+                 sizes[3]};
+  const auto totals = totals_of(codes.data(), K, M, K);
+  linear(n, codes.data(), K, M, totals.data(), out, nullptr, sizes[4]);
 }
 
 // sizes: numbers, threads.

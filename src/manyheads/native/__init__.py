@@ -12,7 +12,7 @@ from manyheads.native.build import (
     describe,
     families,
 )
-from manyheads.native.int8 import int8_encode, int8_linear
+from manyheads.native.int8 import int8_encode, int8_float_linear, int8_linear
 from manyheads.native.library import (
     Library,
     disabled,
@@ -33,6 +33,7 @@ __all__ = [
     "disabled",
     "families",
     "int8_encode",
+    "int8_float_linear",
     "int8_linear",
     "library",
     "pointer",

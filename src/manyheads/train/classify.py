@@ -28,7 +28,7 @@ from manyheads.train.loop import (
     seed_process,
     sum_over_processes,
 )
-from manyheads.train.options import ClassifyOptions
+from manyheads.train.mixer_options import ClassifyOptions
 from manyheads.train.own_series import read_own_series
 from manyheads.train.report import results
 from manyheads.train.stop import StopRequest
@@ -71,6 +71,7 @@ def prepare(options: ClassifyOptions) -> Prepared:
         max_length=max(2048, longest),
         dropout=options.dropout,
         pool=options.pool,  # type: ignore[arg-type]
+        sharing=options.read_sharing(),
     )
     with torch.device("meta"):
         MixerEncoder(config)

@@ -39,7 +39,7 @@ from manyheads.train.loop import (
     seed_process,
     sum_over_processes,
 )
-from manyheads.train.options import LMOptions
+from manyheads.train.mixer_options import LMOptions
 from manyheads.train.report import results
 from manyheads.train.stop import StopRequest
 

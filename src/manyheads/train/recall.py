@@ -16,7 +16,7 @@ from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
 from manyheads.train.files import write_json
 from manyheads.train.launch import launch
 from manyheads.train.loop import fit, load_kept, open_folder, part_size, seed_process
-from manyheads.train.options import RecallOptions
+from manyheads.train.mixer_options import RecallOptions
 from manyheads.train.report import results
 from manyheads.train.stop import StopRequest
 from manyheads.train.tasks import task_accuracy, task_loss

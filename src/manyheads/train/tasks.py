@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from manyheads.data import Task, TaskBatch, TaskConfig
 from manyheads.models.base import Model
 from manyheads.train.loop import evaluating, sum_over_processes
-from manyheads.train.options import RecallOptions, URPETaskOptions
+from manyheads.train.mixer_options import RecallOptions
+from manyheads.train.options import URPETaskOptions
 from manyheads.train.stop import StopRequest
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from manyheads.compress.masa.statistics import measure_statistics
 from manyheads.layers.sharing import SharingConfig, to_dense
 
 pytest.importorskip("transformers")
-FAMILIES = ("llama", "qwen", "gpt2", "opt", "bert", "vit", "whisper", "timm", "ours")
+FAMILIES = ("llama", "qwen", "gpt2", "opt", "bert", "vit", "whisper", "timm", "ours", "encoder")
 
 
 def numbers(model: nn.Module) -> int:
@@ -141,6 +141,22 @@ def test_moments_are_of_real_tokens_alone() -> None:
     assert_close(found.moments[path], rows.double().mT @ rows.double() / len(rows), 1e-12)
     assert found.moments[path] is found.moments[other]
     assert found.tokens == len(rows)
+
+
+def test_layers_that_read_from_the_end_have_their_padding_where_they_see_it() -> None:
+    model, data = build("encoder"), batches("encoder", count=1)
+    parts = anatomy(model)
+    assert model.config.directions == (False, True, False, True)
+    path = parts.blocks[1].of_kind("attention").attention.key.path
+    seen = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach())
+    )
+    found = measure_statistics(model, data, parts, {path: "encoder"})
+    handle.remove()
+    rows = seen[0].flip(1)[data[0]["mask"]].double()
+    assert len(rows) < seen[0].shape[0] * seen[0].shape[1]
+    assert_close(found.moments[path], rows.mT @ rows / len(rows), 1e-12)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

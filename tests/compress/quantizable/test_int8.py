@@ -13,6 +13,7 @@ from compress.families import FAMILIES, batches, build, output
 from manyheads.compress import Plan, get_procedure, load_model, save_model
 from manyheads.compress.quantizable import Int8, Int8Linear
 from manyheads.compress.steps import describe, record_step
+from manyheads.native import disabled
 
 pytest.importorskip("transformers")
 
@@ -73,6 +74,51 @@ def test_a_linear_layer_is_near_and_gives_gradients() -> None:
     assert relative_error(half.float(), y) < 0.02
     assert layer(torch.zeros(0, 37)).shape == (0, 23)
     assert torch.equal(layer(torch.zeros(1, 37))[0], linear.bias)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_the_numbers_are_the_same_without_kernels(static: bool) -> None:
+    for inputs, outputs, rows, biased in (
+        (37, 23, 0, True),
+        (77, 5, 1, False),
+        (129, 40, 19, True),
+    ):
+        linear, wide = (
+            nn.Linear(inputs, outputs, bias=biased),
+            torch.rand(rows, inputs + 3) * 3 - 0.2,
+        )
+        x = wide[:, 3:].T.contiguous().T if rows > 1 else wide[:, 3:]
+        ends = (torch.tensor(-0.2), torch.tensor(2.5)) if static else None
+        layer = Int8Linear.from_float(linear, input_range=ends)
+        with torch.no_grad():
+            y = layer(x)
+            with disabled():
+                assert torch.equal(y, layer(x))
+        assert torch.equal(y, layer(x)), "a bias that is trained is added outside"
+        assert y.shape == (rows, outputs)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_it_compiles_whole_with_the_same_numbers(static: bool) -> None:
+    x = torch.randn(2, 11, 37)
+    ends = (x.min(), x.max()) if static else None
+    layer = Int8Linear.from_float(nn.Linear(37, 23), input_range=ends).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_a_bias_learns_beside_an_input_that_does_not() -> None:
+    layer, x = Int8Linear.from_float(nn.Linear(37, 23)), torch.randn(5, 37)
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((23,), 5.0))
+
+
+def test_one_input_is_multiplied_right() -> None:
+    """PyTorch's 8-bit product reads a matrix of one column as one of one row."""
+    linear, x = nn.Linear(1, 9), torch.randn(20, 1)
+    with torch.no_grad():
+        assert relative_error(Int8Linear.from_float(linear)(x), linear(x)) < 0.02
 
 
 def test_a_static_range_has_its_zero_point_taken_out() -> None:

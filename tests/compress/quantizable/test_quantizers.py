@@ -23,7 +23,12 @@ from manyheads.compress.quantizable import (
 )
 from manyheads.compress.quantizable.search import squared_errors
 from manyheads.compress.quantizable.simulate import QuantizedModule
-from manyheads.models.language.quantizable import QuantizableBERT, QuantizableBERTConfig
+from manyheads.models.language.quantizable import (
+    QuantizableBERT,
+    QuantizableBERTConfig,
+    QuantizableOPT,
+    QuantizableOPTConfig,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "quantizable"
 
@@ -157,10 +162,68 @@ def test_what_is_skipped_stays_and_ranges_stay_fixed() -> None:
     first = simulated(**batch)
     simulated(tokens=torch.randint(61, (2, 5)))
     assert torch.equal(simulated(**batch), first)
-    with pytest.raises(ValueError, match="matches no module"):
+    with pytest.raises(ValueError, match="skip 'heads' matches no module"):
         simulate_quantization(model, [batch], skip=["heads"])
     with pytest.raises(ValueError, match="no batches"):
         simulate_quantization(model, [])
+
+
+def small_opt() -> QuantizableOPT:
+    config = QuantizableOPTConfig(
+        vocab_size=61, embed_dim=32, num_layers=2, num_heads=4, mlp_width=56, max_positions=40,
+        init_std=0.15,
+    )  # fmt: skip
+    return QuantizableOPT(config).eval()
+
+
+@torch.no_grad()
+def test_the_tied_head_is_quantised_where_it_is_asked_for() -> None:
+    """The official set-ups "fp32_head" and "all": one model but for what follows the last norm."""
+    model, batch = small_opt(), {"tokens": torch.randint(61, (2, 11))}
+    usual = simulate_quantization(model, [batch])
+    every = simulate_quantization(model, [batch], tied_head=True)
+    seen = []
+    every.norm.register_forward_hook(lambda _, args, out: seen.append(out))
+    logits, codes = every(**batch), UniformQuantizer(symmetric=True)
+    codes.set_range(*model.embed.weight.aminmax())
+    raw = nn.functional.linear(seen[0], codes(model.embed.weight))
+    wanted = UniformQuantizer().set_range(*raw.aminmax())(raw)
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+    assert len(logits.unique()) <= 256 < len(usual(**batch).unique())
+    plain = nn.functional.linear(seen[0], model.embed.weight)
+    torch.testing.assert_close(usual(**batch), plain, rtol=1e-5, atol=1e-5)
+    state = every.update(batch["tokens"], every.init_state(2))[0]
+    assert len(state.unique()) <= 256, "streaming runs through it as well"
+    with pytest.raises(ValueError, match="QuantizableBERT has no tied head"):
+        simulate_quantization(small(), [batch], tied_head=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norms", ["norm", "*norm"])
+def test_norms_of_sixteen_bits(norms) -> None:
+    """The official "fp32_head+int16_final_LN" and "+int16_all_LN": weight and output alike."""
+    model, batch = small_opt(), {"tokens": torch.randint(61, (2, 11))}
+    model.norm.weight.copy_(torch.randn(32).exp())
+    model.norm.weight[3] = 40.0
+    simulated = simulate_quantization(model, [batch], bits={norms: 16})
+    wide = {
+        path for path, m in simulated.named_modules()
+        if isinstance(m, QuantizedModule) and m.output is not None
+        and m.weight_quantizer.bits == m.output.quantizer.bits == 16
+    }  # fmt: skip
+    layers = {f"layers.{i}.{n}_norm" for i in range(2) for n in ("attention", "mlp")}
+    assert wide == ({"norm"} if norms == "norm" else {"norm", *layers})
+    errors = []
+    for made in (simulated, simulate_quantization(model, [batch])):
+        seen = []
+        made.norm.register_forward_hook(lambda _, args, out, seen=seen: seen.extend((*args, out)))
+        made(**batch)
+        errors.append(relative_error(seen[1], model.norm(seen[0])))
+    assert 0 < errors[0] < 0.02 * errors[1]
+    with pytest.raises(ValueError, match="bits 'norms' matches no module"):
+        simulate_quantization(model, [batch], bits={"norms": 16})
+    with pytest.raises(ValueError, match="bits 17 must lie between 2 and 16"):
+        simulate_quantization(model, [batch], bits={"norm": 17})
 
 
 def test_ranges_are_the_official_ones() -> None:

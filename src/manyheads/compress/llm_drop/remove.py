@@ -127,7 +127,10 @@ def _shorten_config(model: nn.Module, stack: str, role: str, keep: list[int]) ->
         return
     if hasattr(config, "layer_types") and hasattr(config, "replace"):  # a MixerLM's
         kinds = tuple(config.layer_types[i] for i in keep)
-        model.config = config.replace(mixers=kinds, num_layers=None)
+        more = {}
+        if hasattr(config, "directions"):  # what is left reads as it did, not in turn anew
+            more = {"backwards": tuple(config.directions[i] for i in keep)}
+        model.config = config.replace(mixers=kinds, num_layers=None, **more)
         return
     if getattr(config, "is_encoder_decoder", False):
         setattr(config, f"{role}_layers", len(keep))

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.compress.anatomy import Anatomy, Sublayer, anatomy
+from manyheads.models.language.mixer_encoder import turned
 
-__all__ = ["Similarities", "measure_similarities", "real_tokens"]
+__all__ = ["BlockMasks", "Similarities", "measure_similarities", "real_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +112,46 @@ def real_tokens(batch: Mapping[str, Any], role: str, tokens: int) -> Tensor | No
     return None
 
 
+class BlockMasks(ExitStack):
+    """Which tokens are real, in the order in which the block that runs has them.
+
+    A batch says it for the model's inputs; some layers of a MixerEncoder read from the end.
+    """
+
+    def __init__(self, model: nn.Module, parts: Anatomy) -> None:
+        super().__init__()
+        self._batch: Mapping[str, Any] = {}
+        for block in parts.blocks:
+            if block.family == "manyheads":
+                module = model.get_submodule(block.path)
+                handle = module.register_forward_pre_hook(self._see, with_kwargs=True)
+                self.callback(handle.remove)
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        self._batch = batch
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._batch = {"mask": args[1] if len(args) > 1 else kwargs.get("mask")}
+
+    def real(self, role: str, tokens: int) -> Tensor | None:
+        """Return the mask (tokens,) of real tokens, None where all are."""
+        return real_tokens(self._batch, role, tokens)
+
+
 def _cosine(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
     before, after = _rows(before), _rows(after)
     if mask is not None:
         before, after = before[mask], after[mask]
     return F.cosine_similarity(before, after, dim=-1, eps=1e-8)
+
+
+def _turned_back(
+    before: Tensor, after: Tensor, mask: Tensor | None, borders: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return streams and mask of a block that reads from the end, in the model's own order."""
+    order = turned(before.shape[1], borders[0] if borders else None, before.device)
+    real = None if mask is None else mask.view(before.shape[:2])[:, order].reshape(-1)
+    return before[:, order], after[:, order], real
 
 
 def _rows(stream: Tensor) -> Tensor:
@@ -140,7 +176,7 @@ class _Recorder(ExitStack):
         self._blocks = {b.path: _Mean() for b in parts.blocks}
         self._grams: dict[str, Tensor] = {}
         self._tokens = dict.fromkeys(parts.stacks, 0)
-        self._batch: Mapping[str, Any] = {}
+        self._masks = self.enter_context(BlockMasks(model, parts))
         self._stream: dict[str, Tensor] = {}
         self._boundaries: dict[str, list[Tensor]] = {}
         for block in parts.blocks:
@@ -167,7 +203,7 @@ class _Recorder(ExitStack):
         self._hook(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._batch = batch
+        self._masks.begin(batch)
         self._boundaries = {stack: [] for stack in self._parts.stacks}
 
     def end_batch(self) -> None:
@@ -180,9 +216,9 @@ class _Recorder(ExitStack):
                 self._grams[stack] = self._grams.get(stack, torch.zeros_like(gram)) + gram
 
     def _leaving(self, block: Any) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             before, after = self._stream.pop(block.path), _tensor(output)
-            mask = real_tokens(self._batch, block.role, before.numel() // before.shape[-1])
+            mask = self._masks.real(block.role, before.numel() // before.shape[-1])
             self._blocks[block.path].add(before, after, mask)
             if self._unit:
                 places = range(len(block.sublayers))
@@ -192,6 +228,8 @@ class _Recorder(ExitStack):
                     mean.add(streams[place], streams[place + 1], mask)
             if self._pairs:
                 streams = self._boundaries[block.stack]
+                if getattr(module, "backwards", False):
+                    before, after, mask = _turned_back(before, after, mask, args[2:])
                 for stream in (before, after)[len(streams) > 0 :]:
                     rows = _rows(stream)
                     streams.append(rows if mask is None else rows[mask])
@@ -209,7 +247,7 @@ class _Recorder(ExitStack):
 
         def done(_: nn.Module, args: Any, output: Any) -> None:
             before = self._stream.pop(name)
-            mask = real_tokens(self._batch, role, before.numel() // before.shape[-1])
+            mask = self._masks.real(role, before.numel() // before.shape[-1])
             self._branches[key].add(before, _tensor(output), mask)
 
         self._hook(norm.register_forward_hook(normed))

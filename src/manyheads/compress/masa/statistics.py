@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.compress.anatomy import Anatomy
-from manyheads.compress.llm_drop.similarity import real_tokens
+from manyheads.compress.llm_drop.similarity import BlockMasks
 from manyheads.compress.procedure import Batch
 
 __all__ = ["Statistics", "measure_statistics", "output_matrix"]
@@ -42,7 +42,7 @@ class _Sums(ExitStack):
         self.moments: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.same: dict[str, str] = {}
-        self._batch: Batch = {}
+        self._masks = self.enter_context(BlockMasks(model, parts))
         self._last: tuple[str, Tensor] | None = None
         for block in parts.blocks:
             module = model.get_submodule(block.path)
@@ -54,13 +54,14 @@ class _Sums(ExitStack):
             self.callback(handle.remove)
 
     def begin(self, batch: Batch) -> None:
-        self._batch, self._last = batch, None
+        self._masks.begin(batch)
+        self._last = None
 
     def _rows(self, value: Any, role: str) -> Tensor:
         while not isinstance(value, Tensor):
             value = value[0]
         rows = value.detach().reshape(-1, value.shape[-1])
-        mask = real_tokens(self._batch, role, len(rows))
+        mask = self._masks.real(role, len(rows))
         return (rows if mask is None else rows[mask]).double()
 
     def _leaving(self, path: str, role: str) -> Any:

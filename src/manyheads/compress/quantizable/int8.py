@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyheads.native import int8_float_linear
+
 __all__ = ["Int8Linear", "quantize_weight"]
 
 _LEAST_SCALE = 1e-8
@@ -123,30 +125,32 @@ class Int8Linear(nn.Module):
         return self.weight_int8.to(self.weight_scale.dtype) * self.weight_scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and rows.requires_grad:
+        rows, bias = x.reshape(-1, self.in_features), self.bias
+        trained = bias is not None and bias.requires_grad
+        if torch.is_grad_enabled() and (rows.requires_grad or trained):
             out = _StraightThrough.apply(rows, self)
+            if bias is not None:
+                out = out + bias
         else:
-            out = self._product(rows)
-        if self.bias is not None:
-            out = out + self.bias.to(out.dtype)
+            out = self._product(rows, bias)
         out = out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return out if self.act is None else self.act(out)
 
-    def _product(self, rows: Tensor) -> Tensor:
-        """Return rows Wᵀ (M, O) in float32."""
-        rows = rows.float()
+    def _product(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return rows Wᵀ (M, O), and the bias added, in float32."""
+        rows, bias = rows.float(), None if bias is None else bias.float()
         if rows.device.type != "cpu":
-            return F.linear(self._rounded(rows), self.weight.float())
+            return F.linear(self._rounded(rows), self.weight.float(), bias)
+        fixed = {}
         if self.static:
-            scale = self.input_scale.float()
-            q = (rows / scale).round_().add_(self.input_zero).clamp_(-128, 127).to(torch.int8)
-            sums = torch._int_mm(q, self.weight_int8.mT) - self.weight_sums * self.input_zero
-            return sums.float().mul_(self.weight_scale.float() * scale)
-        scale = _token_scale(rows)
-        q = (rows / scale).round_().to(torch.int8)
-        sums = torch._int_mm(q, self.weight_int8.mT).float()
-        return sums.mul_(scale).mul_(self.weight_scale.float())
+            fixed = {
+                "input_scale": self.input_scale.float(),
+                "input_zero": self.input_zero,
+                "weight_sums": self.weight_sums,
+            }
+        return int8_float_linear(
+            rows, self.weight_int8, self.weight_scale.float(), bias=bias, **fixed
+        )
 
     def _rounded(self, rows: Tensor) -> Tensor:
         """Return the input as its integers stand for it."""

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from manyheads.compress.quantizable.estimators import RangeEstimator, Scheme
 from manyheads.compress.quantizable.quantizers import UniformQuantizer
+from manyheads.models.language.quantizable.attention import TiedHead
 
-__all__ = ["ActivationQuantizer", "QuantizedModule", "simulate_quantization"]
+__all__ = ["ActivationQuantizer", "QuantizedHead", "QuantizedModule", "simulate_quantization"]
 
 
 class ActivationQuantizer(nn.Module):
@@ -62,6 +64,23 @@ class QuantizedModule(nn.Module):
         return out if self.output is None else self.output(out)
 
 
+class QuantizedHead(nn.Module):
+    """x Wᵀ with a matrix that the embedding has too: quantised here, and the logits as well."""
+
+    def __init__(self, weights: Scheme, activations: Scheme) -> None:
+        super().__init__()
+        self.weights = weights
+        self.weight_quantizer = UniformQuantizer(
+            bits=weights.bits, symmetric=weights.symmetric, per_channel=weights.per_channel
+        )
+        self.output = ActivationQuantizer(activations)
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.output.estimating:
+            self.weight_quantizer.set_range(*RangeEstimator(self.weights).update(weight))
+        return self.output(F.linear(x, self.weight_quantizer(weight)))
+
+
 def simulate_quantization(
     model: nn.Module,
     calibration: Iterable[Mapping[str, Any]],
@@ -69,6 +88,8 @@ def simulate_quantization(
     weights: Scheme | None = None,
     activations: Scheme | None = None,
     skip: Iterable[str] = (),
+    bits: Mapping[str, int] | None = None,
+    tied_head: bool = False,
 ) -> nn.Module:
     """Return a copy of a model computed as 8-bit integers would be. Lossy; nothing gets smaller.
 
@@ -81,10 +102,14 @@ def simulate_quantization(
         weights: None for 8 bits, symmetric, extremes.
         activations: None for 8 bits with a zero point, running extremes. One range a tensor.
         skip: glob patterns of module paths that stay in floating point.
+        bits: glob patterns of module paths whose weight and output have another number of bits,
+            such as ``{"norm": 16}`` for the last norm of an OPT, ``{"*norm": 16}`` for all.
+        tied_head: quantise the output matrix and the logits of :class:`QuantizableOPT` too, whose
+            matrix is the embedding's; the paper's figures are without.
 
     Raises:
-        ValueError: no batches, a pattern matches nothing, activations by channel, or no module is
-            left to quantise.
+        ValueError: no batches, a pattern matches nothing, bits outside 2 to 16, activations by
+            channel, no module is left to quantise, or there is no tied head of ours.
 
     Example:
         >>> from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
@@ -99,21 +124,34 @@ def simulate_quantization(
         raise ValueError("activations have one range a tensor: give per_channel=False")
     simulated = copy.deepcopy(model).eval()
     named = dict(simulated.named_modules())
-    patterns = list(skip)
-    for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in named):
-            raise ValueError(f"skip={pattern!r} matches no module; one is {list(named)[-1]!r}")
+    patterns, other = list(skip), dict(bits or {})
+    for option, names in (("skip", patterns), ("bits", other)):
+        for pattern in names:
+            if not any(fnmatchcase(path, pattern) for path in named):
+                raise ValueError(
+                    f"{option} {pattern!r} matches no module; one is {list(named)[-1]!r}"
+                )
+    if tied_head and not any(isinstance(m, TiedHead) for m in named.values()):
+        raise ValueError(
+            f"{type(model).__name__} has no tied head of ours: an output matrix that is a linear "
+            "layer is quantised unless skip names it"
+        )
     replaced = 0
     for path, module in named.items():
         if not path or any(fnmatchcase(path, pattern) for pattern in patterns):
             continue
+        own, out = weights, activations
+        for count in (n for pattern, n in other.items() if fnmatchcase(path, pattern)):
+            own, out = own.replace(bits=count), out.replace(bits=count)
         new: nn.Module | None = None
         if isinstance(module, nn.Embedding):
-            new = QuantizedModule(module, weights, None)
+            new = QuantizedModule(module, own, None)
         elif _has_op(module):
-            new = QuantizedModule(module, weights, activations)
+            new = QuantizedModule(module, own, out)
+        elif isinstance(module, TiedHead):
+            new = QuantizedHead(own, out) if tied_head else None
         elif type(module) is nn.Identity and path.endswith("_tap"):
-            new = ActivationQuantizer(activations)
+            new = ActivationQuantizer(out)
         if new is not None:
             simulated.set_submodule(path, new)
             replaced += 1

@@ -6,7 +6,7 @@ B batch, N length, C embed_dim, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from manyheads.layers.keymap import KeyMap
 from manyheads.layers.mlp import swiglu_width
 from manyheads.layers.norms import RMSNorm
 from manyheads.layers.ragged import check_cu_seqlens, check_mask, sequence_ids
+from manyheads.layers.sharing import SharingConfig, named_slots, share
 from manyheads.models.base import Model
 from manyheads.models.language.mixer_lm import (
     POSITION_SCALE,
@@ -26,9 +27,10 @@ from manyheads.models.language.mixer_lm import (
     packed_positions,
 )
 from manyheads.models.language.pattern import parse_pattern
+from manyheads.models.language.sharing import exported
 from manyheads.registry import get_mechanism
 
-__all__ = ["MixerEncoder", "MixerEncoderConfig"]
+__all__ = ["MixerEncoder", "MixerEncoderConfig", "turned"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,9 @@ class MixerEncoderConfig(Config):
             bidirectional form reads every other layer from the end.
         add_positions: sinusoidal positions on the embedded input; "auto" as in ``MixerLMConfig``.
         pool: "mean" of the real tokens, the "first" or the "last" of them.
+        sharing: how layers share their attention matrices, as in ``MixerLMConfig``.
+        backwards: which layers read from the end, those without a bidirectional form alone; None:
+            every other layer.
     """
 
     num_classes: int
@@ -61,17 +66,35 @@ class MixerEncoderConfig(Config):
     norm_eps: float = 1e-6
     dropout: float = 0.0
     pool: Literal["mean", "first", "last"] = "mean"
+    sharing: dict[str, Any] = field(default_factory=dict)
+    backwards: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         if (self.vocab_size is None) == (self.in_channels is None):
             raise ValueError("set vocab_size for tokens or in_channels for real input, one of them")
         if self.pool not in ("mean", "first", "last"):
             raise ValueError(f"pool {self.pool!r} must be 'mean', 'first' or 'last'")
+        if self.sharing:
+            SharingConfig.from_dict(self.sharing)
+        count = len(self.layer_types)
+        if self.backwards is not None and len(self.backwards) != count:
+            raise ValueError(f"backwards names {len(self.backwards)} layers of {count}: name each")
 
     @property
     def layer_types(self) -> tuple[str, ...]:
         """The mechanism of each layer."""
         return parse_pattern(self.mixers, self.num_layers)
+
+    @property
+    def directions(self) -> tuple[bool, ...]:
+        """Whether each layer reads from the end: causal layers do in turn, so that both directions
+        are seen.
+        """
+        turned = self.backwards or [number % 2 == 1 for number in range(len(self.layer_types))]
+        return tuple(
+            bool(back) and not get_mechanism(name).bidirectional
+            for name, back in zip(self.layer_types, turned, strict=True)
+        )
 
     @property
     def has_positions(self) -> bool:
@@ -104,11 +127,8 @@ class MixerEncoder(Model):
             self.embed = nn.Linear(c.in_channels, c.embed_dim)
         hidden = swiglu_width(c.embed_dim, ratio=c.mlp_ratio, multiple=c.mlp_multiple)
         blocks: list[MixerBlock] = []
-        self._reversed: list[bool] = []
         for name in c.layer_types:
             both_ways = get_mechanism(name).bidirectional
-            # Causal layers look backwards and forwards in turn, so that both directions are seen.
-            self._reversed.append(not both_ways and len(blocks) % 2 == 1)
             mixer = build_mixer(
                 name,
                 embed_dim=c.embed_dim,
@@ -118,10 +138,14 @@ class MixerEncoder(Model):
                 options=c.mixer_options.get(name, {}),
             )
             blocks.append(MixerBlock(mixer, c.embed_dim, hidden, eps=c.norm_eps, dropout=c.dropout))
+        for block, backwards in zip(blocks, c.directions, strict=True):
+            block.backwards = backwards
         self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(c.embed_dim, eps=c.norm_eps)
         self.head = nn.Linear(c.embed_dim, c.num_classes)
         initialise(self, blocks)
+        if c.sharing:
+            share(self, named_slots(self), SharingConfig.from_dict(c.sharing))
 
     def features(
         self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -134,13 +158,11 @@ class MixerEncoder(Model):
             places = packed_positions(length, mask, cu_seqlens, x.device)
             scale = 1.0 if self.config.vocab_size is None else POSITION_SCALE
             h = h + scale * sinusoidal(places, self.config.embed_dim).to(h)
-        for block, backwards in zip(
-            cast(list[MixerBlock], list(self.layers)), self._reversed, strict=True
-        ):
-            if backwards:
-                turned = _turned(length, cu_seqlens, x.device)
-                flipped = None if mask is None else mask[:, turned]
-                h = block(h[:, turned], flipped, cu_seqlens)[:, turned]
+        for block in cast(list[MixerBlock], list(self.layers)):
+            if block.backwards:
+                order = turned(length, cu_seqlens, x.device)
+                flipped = None if mask is None else mask[:, order]
+                h = block(h[:, order], flipped, cu_seqlens)[:, order]
             else:
                 h = block(h, mask, cu_seqlens)
         return self.norm(h)
@@ -186,12 +208,21 @@ class MixerEncoder(Model):
         total = h.new_zeros(len(starts), h.shape[1]).index_add(0, ids, h)
         return total / (ends - starts).clamp_min(1)[:, None]
 
+    def export(self, *, dense: bool = True) -> Self:
+        """Return a copy for use, of a model whose layers share matrices; exact.
+
+        Args:
+            dense: every layer has its mixed matrices, and nothing is shared any more; False: the
+                atoms stay, and a network that made coefficients gives way to its table.
+        """
+        return exported(self, dense=dense)
+
     def key_map(self) -> KeyMap:
         """A MixerEncoder is our own: official names are ours."""
         raise ValueError("MixerEncoder has no official checkpoints: use save() and load()")
 
 
-def _turned(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+def turned(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """Return the index that reverses the row, or each packed sequence by itself."""
     places = torch.arange(length, device=device)
     if cu_seqlens is None:

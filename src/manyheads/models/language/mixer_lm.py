@@ -5,7 +5,6 @@ B batch, N length, C embed_dim, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -21,10 +20,11 @@ from manyheads.layers.mixer import SequenceMixer
 from manyheads.layers.mlp import GatedMLP, PlainMLP, swiglu_width
 from manyheads.layers.norms import RMSNorm
 from manyheads.layers.ragged import positions, sequence_ids
-from manyheads.layers.sharing import SharingConfig, named_slots, share, store_coefficients, to_dense
+from manyheads.layers.sharing import SharingConfig, named_slots, share
 from manyheads.models.base import Model
 from manyheads.models.language.causal import CausalLM, LMState
 from manyheads.models.language.pattern import parse_pattern
+from manyheads.models.language.sharing import exported
 from manyheads.registry import get_mechanism
 
 __all__ = [
@@ -129,6 +129,8 @@ def build_mixer(
 
 class MixerBlock(nn.Module):
     """x += mixer(norm(x)); x += mlp(norm(x)), with a gated MLP or a plain one."""
+
+    backwards = False  # whether an encoder gives it sequences from their end
 
     def __init__(
         self,
@@ -287,10 +289,7 @@ class MixerLM(CausalLM):
             dense: every layer has its mixed matrices, and nothing is shared any more; False: the
                 atoms stay, and a network that made coefficients gives way to its table.
         """
-        made, sharing = copy.deepcopy(self), self.config.sharing
-        direct = {**sharing, "coefficients": "direct"} if sharing and not dense else {}
-        made.config = self.config.replace(sharing=direct)
-        return to_dense(made) if dense else store_coefficients(made)
+        return exported(self, dense=dense)
 
     def key_map(self) -> KeyMap:
         """A MixerLM is our own: official names are ours."""

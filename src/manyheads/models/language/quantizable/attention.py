@@ -21,7 +21,14 @@ from manyheads.layers.activations import activation
 from manyheads.layers.heads import merge_heads, split_heads
 from manyheads.models.language.quantizable.config import QuantizableConfig
 
-__all__ = ["ActivatedLinear", "Attended", "BERTSelfAttention", "HostAttention", "OPTSelfAttention"]
+__all__ = [
+    "ActivatedLinear",
+    "Attended",
+    "BERTSelfAttention",
+    "HostAttention",
+    "OPTSelfAttention",
+    "TiedHead",
+]
 
 
 class ActivatedLinear(nn.Linear):
@@ -33,6 +40,13 @@ class ActivatedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(super().forward(x))
+
+
+class TiedHead(nn.Module):
+    """x Wᵀ with the embedding's W: a module, so that a simulated quantiser may take its place."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
 
 class Attended(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from manyheads.attention.softmax.op import SoftmaxState
 from manyheads.config import Config
@@ -19,7 +18,11 @@ from manyheads.layers.keymap import Entry, KeyMap, rename
 from manyheads.layers.ragged import check_mask
 from manyheads.models.base import register_variants
 from manyheads.models.language.causal import CausalLM, LMState
-from manyheads.models.language.quantizable.attention import ActivatedLinear, OPTSelfAttention
+from manyheads.models.language.quantizable.attention import (
+    ActivatedLinear,
+    OPTSelfAttention,
+    TiedHead,
+)
 from manyheads.models.language.quantizable.config import QuantizableConfig, read_official
 
 __all__ = ["QuantizableOPT", "QuantizableOPTConfig"]
@@ -153,7 +156,7 @@ class QuantizableOPT(CausalLM):
             nn.Linear(a, b, bias=False) if words != c.embed_dim else None
             for a, b in ((words, c.embed_dim), (c.embed_dim, words))
         )
-        self.embed_tap = nn.Identity()
+        self.embed_tap, self.head = nn.Identity(), TiedHead()
         self.dropout = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(_Layer(c) for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(c.embed_dim, eps=_NORM_EPS) if c.pre_norm else None
@@ -226,7 +229,7 @@ class QuantizableOPT(CausalLM):
             x = self.norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
-        return F.linear(x, self.embed.weight)
+        return self.head(x, self.embed.weight)
 
     def key_map(self) -> KeyMap:
         """Names of Hugging Face's OPTForCausalLM; the tied head may be left out."""
