@@ -139,6 +139,29 @@ def _cache_share(quality: dict[str, Any], before: dict[str, Any]) -> str:
 _SHARES = ("parameters", "weight_bytes", "forward_ms")
 
 
+def trained_section() -> str:
+    """What `manyheads train` reached, a row a run."""
+    rows = []
+    for path in sorted((RESULTS / "train").glob("*.json")):
+        record = json.loads(path.read_text())
+        figures = record["figures"]
+        shown = [f"{words} {figures[k]:.4g}" for k, words in _FIGURES.items() if k in figures]
+        rows.append([path.stem, record["title"], ", ".join(shown)])
+    if not rows:
+        return "Not measured yet: `python tools/train_results.py` writes results/train.\n"
+    return "\n".join([*markdown(["run", "what was trained", "held out"], rows, left=3), ""])
+
+
+_FIGURES = {
+    "test_accuracy": "accuracy",
+    "accuracy": "accuracy",
+    "bits_per_byte": "bits per byte",
+    "valid_cosine": "cosine to the teacher",
+    "teacher_spearman": "Spearman on Lee of the teacher",
+    "spearman": "of the student",
+}
+
+
 def claims_section() -> str:
     """Claimed and measured, a row a check."""
     rows = []
@@ -189,6 +212,7 @@ def read(name: str) -> dict[str, Any]:
 SECTIONS = {
     "choose": choose_section,
     "bench": bench_section,
+    "trained": trained_section,
     "shrink": shrink_section,
     "claims": claims_section,
     "papers": papers_section,

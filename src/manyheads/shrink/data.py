@@ -137,7 +137,7 @@ class Feed:
     def sentences(self, lines: list[str]) -> list[dict[str, Tensor]]:
         """Return padded batches of short texts, in order."""
         if self.tokenizer is None:
-            raise ValueError("this encoder has no tokenizer in its folder: add tokenizer.json")
+            raise ValueError("this model has no tokenizer in its folder: add tokenizer.json")
         out = []
         for at in range(0, len(lines), self.batch):
             found = self.tokenizer(
