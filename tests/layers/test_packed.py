@@ -96,3 +96,35 @@ def test_graphs_are_traced_without_it() -> None:
         assert_close(compiled(x), expected, 1e-6)
         exported = torch.export.export(packed, (x,)).module()
     assert_close(exported(x), expected, 1e-6)
+
+
+@pytest.mark.parametrize("gelu", [True, False])
+def test_a_residual_joins_in_the_same_pass(gelu) -> None:
+    linear = nn.Linear(20, 13)
+    packed = PackedLinear(linear, gelu=gelu)
+    x, residual = torch.randn(2, 3, 5, 20), torch.randn(2, 13, 3, 5)
+    residual = residual.permute(0, 2, 3, 1)
+    expected = residual + (F.gelu(linear(x)) if gelu else linear(x))
+    assert_close(packed(x, residual), expected, 1e-6)
+    before = residual.clone()
+    with torch.no_grad():
+        assert_close(packed(x, residual), expected, 1e-6)
+        assert_close(packed(x[0, 0], residual[0, 0]), expected[0, 0], 1e-6)
+        wide = packed(x, residual.double())
+        assert count_flops(lambda: packed(x, residual)).total == 2 * 30 * 20 * 13
+    assert wide.dtype == torch.float64
+    assert_close(wide, expected.double(), 1e-6)
+    assert torch.equal(residual, before)
+
+
+def test_a_convolution_of_one_place_keeps_its_shape() -> None:
+    conv = nn.Conv2d(20, 13, 1)
+    packed, x = PackedLinear(conv), torch.randn(2, 20, 5, 3)
+    with torch.no_grad():
+        found = packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert_close(found, conv(x), 1e-6)
+    assert packed.weight is conv.weight
+    for name, changes in (("kernel_size", {"kernel_size": 3}), ("stride", {"stride": 2}),
+                          ("padding", {"padding": 1}), ("groups", {"groups": 2})):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} .* is no linear layer"):
+            PackedLinear(nn.Conv2d(4, 4, **({"kernel_size": 1} | changes)))

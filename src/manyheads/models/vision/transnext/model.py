@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from operator import index
 from typing import Any, ClassVar, Self, cast
 
-import torch
 from torch import Tensor, nn
 
 from manyheads.attention.aggregated import AggregatedAttention, LengthScaledAttention
 from manyheads.config import Config
 from manyheads.layers.keymap import Entry, KeyMap, rename
+from manyheads.layers.packed import channels_last_weights
 from manyheads.models.base import register_variants
 from manyheads.models.vision.base import VisionModel
 from manyheads.models.vision.transnext.blocks import Stage, build_stage, initialise
@@ -118,11 +118,7 @@ class TransNeXt(VisionModel):
         for module in fused.modules():
             if isinstance(module, AggregatedAttention | LengthScaledAttention):
                 module.freeze()
-            elif isinstance(module, nn.Conv2d) and module.groups == 1:
-                # Else every call brings these weights into the order of the map.
-                module.weight.data = module.weight.data.contiguous(
-                    memory_format=torch.channels_last
-                )
+        channels_last_weights(fused)
         return fused
 
     def key_map(self) -> KeyMap:
