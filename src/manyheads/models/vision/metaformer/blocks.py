@@ -53,19 +53,20 @@ class ConvMLP(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W), and add ``residual`` of that shape to the result."""
+        if isinstance(self.fc1, PackedLinear):
+            rest = None if residual is None else residual.permute(0, 2, 3, 1)
+            return self.fc2(self.fc1(x.permute(0, 2, 3, 1)), rest).permute(0, 3, 1, 2)
+        out = self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return out if residual is None else residual + out
 
     def pack(self) -> None:
         """Make the convolutions products of places, their weights packed, in place: for inference
-        alone, where :meth:`add_to` is what is called."""
-        if isinstance(self.fc1, nn.Conv2d) and isinstance(self.fc2, nn.Conv2d):
-            self.fc1, self.fc2 = PackedLinear(self.fc1, gelu=True), PackedLinear(self.fc2)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Return residual + mlp(x) of a packed one."""
-        hidden = self.fc1(x.permute(0, 2, 3, 1))
-        return self.fc2(hidden, residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        alone, without dropout."""
+        if isinstance(self.fc1, nn.Conv2d):
+            self.fc1 = PackedLinear(self.fc1, gelu=True)
+            self.fc2 = PackedLinear(cast(nn.Conv2d, self.fc2))
 
 
 def make_norm(kind: str, dim: int, eps: float) -> nn.Module:
@@ -111,7 +112,8 @@ class MetaFormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.folded:
-            return self.mlp.add_to(*self._mixed(x))
+            mixed, normed = self._mixed(x)
+            return self.mlp(normed, mixed)
         x = x + self.drop_path(_scaled(self.token_mixer(self.norm1(x)), self.layer_scale_1))
         return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.layer_scale_2))
 
