@@ -33,7 +33,7 @@ def _small_models(monkeypatch) -> None:
     monkeypatch.setattr(vision, "_TWO_SIZES", {"poolformer_s12": SMALL})
     plain, eager = build("transnext_tiny", implementation="reference"), build("transnext_tiny")
     plain.load_state_dict(eager.state_dict())
-    forms = {"plain": plain.eval(), "eager": eager.eval()}
+    forms = {"plain": plain.eval(), "eager": eager.eval(), "fused": eager.fuse()}
     monkeypatch.setattr(vision, "_against_plain", lambda name: forms)
     monkeypatch.setattr(vision, "has_onnx", lambda: False)
 
@@ -49,7 +49,7 @@ def test_the_record(tmp_path, capsys) -> None:
     assert record["quick"]
     found = record["vision"]
     assert [r["form"] for r in found["timm"]] == ["timm", "eager", "fused"]
-    assert [r["form"] for r in found["plain"]] == ["plain", "eager"]
+    assert [r["form"] for r in found["plain"]] == ["plain", "eager", "fused"]
     assert all(r["difference"] < 1e-3 and r["median"] > 0 for r in found["timm"] + found["plain"])
     assert all(r["peak_bytes"] > 0 for r in found["plain"])
     (sizes,) = found["sizes"]

@@ -89,6 +89,26 @@ def test_the_fused_model_keeps_each_size_apart() -> None:
     assert model.stages[0].blocks[0].attn._kept is None
 
 
+@pytest.mark.parametrize("name", ["transnext", "transnext_extrapolation", "transnext_linear"])
+def test_the_fused_model_without_gradients(name) -> None:
+    """Packed products run then alone; weights keep their names and shapes."""
+    model, side = small(name)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        fused = model.eval().fuse()
+        shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (model, fused)]
+        assert shapes[0] == shapes[1]
+        again = small(name)[0].eval().fuse()
+        again.load_state_dict(fused.state_dict())
+        for rows in (side, side + 27):
+            x = torch.randn(3, 3, rows, side)
+            for other in (fused, fused.fuse(), again):
+                assert_close(other(x), model(x), 1e-5)
+        x = torch.randn(1, 3, side, side)
+        assert_close(torch.export.export(fused, (x,)).module()(x), model(x), 1e-5)
+
+
 def test_official_names_go_both_ways(tmp_path) -> None:
     model, side = small("transnext")
     official = model.to_official()

@@ -17,6 +17,7 @@ from manyheads.attention.aggregated.position import (
     resized_bias,
 )
 from manyheads.errors import unknown_name
+from manyheads.layers.packed import PackedLinear
 
 __all__ = ["AggregatedAttention", "LengthScaledAttention", "PositionMode"]
 
@@ -61,15 +62,20 @@ class _CosineAttention(nn.Module):
         self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), _TEMPERATURE))
         self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, self.head_dim))
         nn.init.trunc_normal_(self.query_embedding, std=0.02)
-        self.proj = nn.Linear(dim, dim)
+        self.proj: nn.Linear | PackedLinear = nn.Linear(dim, dim)
         self.proj_dropout = nn.Dropout(proj_dropout)
         self.cpb_fc1 = nn.Linear(2, _HIDDEN)
         self.cpb_fc2 = nn.Linear(_HIDDEN, num_heads)
         self._kept: dict[tuple[object, ...], Tensor] | None = None
 
     def freeze(self) -> None:
-        """Keep the position bias of every size from its first use on: for inference alone."""
+        """Keep the position bias of every size from its first use on, and pack weights: for
+        inference alone."""
         self._kept = {}
+        self._pack()
+
+    def _pack(self) -> None:
+        raise NotImplementedError
 
     def pooled_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the keys that have a position bias."""
@@ -168,7 +174,7 @@ class AggregatedAttention(_CosineAttention):
         cells = window_size**2
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.sr = nn.Conv2d(dim, dim, 1)
+        self.sr: nn.Conv2d | PackedLinear = nn.Conv2d(dim, dim, 1)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.relative_pos_bias_local = nn.Parameter(torch.empty(num_heads, cells))
         nn.init.trunc_normal_(self.relative_pos_bias_local, std=0.0004)
@@ -181,6 +187,11 @@ class AggregatedAttention(_CosineAttention):
             self.learnable_tokens = nn.Parameter(torch.empty(num_heads, self.head_dim, cells))
             nn.init.trunc_normal_(self.learnable_tokens, std=0.02)
             self.learnable_bias = nn.Parameter(torch.zeros(num_heads, 1, cells))
+
+    def _pack(self) -> None:
+        # Only here: the others' results or inputs have places last, which packed weights do not.
+        if isinstance(self.sr, nn.Conv2d):
+            self.sr = PackedLinear(self.sr, gelu=True)
 
     def pooled_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of the pooled map of a map of ``size``.
@@ -234,7 +245,10 @@ class AggregatedAttention(_CosineAttention):
 
     def _pool(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the pooled map's tokens (B, P, C)."""
-        mixed = F.gelu(F.linear(tokens, self.sr.weight.flatten(1), self.sr.bias))
+        if isinstance(self.sr, PackedLinear):
+            mixed = self.sr(tokens)
+        else:
+            mixed = F.gelu(F.linear(tokens, self.sr.weight.flatten(1), self.sr.bias))
         rows, columns = self.pooled_size(size)
         mapped = mixed.unflatten(1, size).permute(0, 3, 1, 2)
         pooled = F.adaptive_avg_pool2d(mapped, (rows, columns))
@@ -269,7 +283,11 @@ class LengthScaledAttention(_CosineAttention):
         super().__init__(
             dim, num_heads, pretrain_grid, grid, positions, dropout, proj_dropout, implementation
         )
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv: nn.Linear | PackedLinear = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+
+    def _pack(self) -> None:
+        if isinstance(self.qkv, nn.Linear) and isinstance(self.proj, nn.Linear):
+            self.qkv, self.proj = PackedLinear(self.qkv), PackedLinear(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map (B, C, H, W)."""

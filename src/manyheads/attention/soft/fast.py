@@ -27,12 +27,13 @@ def gaussian_kernel(a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
     """Return exp(-scale |a_i - b_j|² / 2) (..., N, M) of (..., N, D) and (..., M, D)."""
     if scale != 1.0:
         a, b = a * scale**0.5, b * scale**0.5
-    # The halves of the squared lengths are subtracted from a·b: one pass less over N x M.
+    # The halves of the squared lengths are subtracted from a·b: one pass less over N x M. Sums and
+    # exponentials in place: on large maps fresh memory costs as much as what is written to it.
     shape = (*a.shape[:-1], b.shape[-2])
     own = -0.5 * a.square().sum(-1, keepdim=True)
     other = -0.5 * b.square().sum(-1)[..., None, :]
-    a, b, other = (t.flatten(0, -3) for t in (a, b, other))
-    return (torch.baddbmm(other, a, b.mT).view(shape) + own).exp()
+    a, b, own, other = (t.flatten(0, -3) for t in (a, b, own, other))
+    return torch.baddbmm(other, a, b.mT).add_(own).exp_().view(shape)
 
 
 def soft(

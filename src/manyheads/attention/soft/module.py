@@ -89,7 +89,7 @@ class SoftAttention(OfficialWeights):
         batch, height, width, dim = x.shape
         self._check(height, width)
         head = dim // self.num_heads
-        query, value = self.query(x) * head**-0.25, self.value(x)
+        query, value = self.query(x).mul_(head**-0.25), self.value(x)
         heads = query.unflatten(3, (self.num_heads, head))
         landmarks = self._landmarks(heads.permute(0, 3, 4, 1, 2).flatten(0, 1))
         out = soft(
@@ -100,8 +100,13 @@ class SoftAttention(OfficialWeights):
             normalise=self.normalise,
             shared_step=self.shared_step,
         )
-        out = out.transpose(1, 2).reshape(x.shape)
-        return self.proj(out if self.local is None else out + self._local(value, head))
+        out = out.transpose(1, 2)
+        if self.local is None:
+            return self.proj(out.reshape(x.shape))
+        local = self._local(value, head)
+        # In place: neither the sum nor the outputs by heads are written anew.
+        local.unflatten(3, (self.num_heads, head)).add_(out.unflatten(1, (height, width)))
+        return self.proj(local)
 
     def _landmarks(self, query: Tensor) -> Tensor:
         """Landmarks (B · heads, M, D) of queries (B · heads, D, H, W)."""

@@ -96,7 +96,7 @@ def _against_plain(name: str) -> dict[str, nn.Module]:
     _shake(ours)
     plain = create_model(name, implementation="reference").eval()
     plain.load_state_dict(ours.state_dict())
-    return {"plain": plain, "eager": ours}
+    return {"plain": plain, "eager": ours, "fused": ours.fuse()}
 
 
 @torch.no_grad()

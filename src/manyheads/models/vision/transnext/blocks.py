@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from manyheads.attention.aggregated import AggregatedAttention, LengthScaledAttention
 from manyheads.layers.drop_path import DropPath
+from manyheads.layers.packed import PackedConv2d, PackedLinear
 from manyheads.models.vision.base import run_blocks
 from manyheads.models.vision.transnext.config import TransNeXtConfig
 
@@ -29,18 +30,31 @@ class ConvGLU(nn.Module):
     def __init__(self, dim: int, hidden: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         width = int(2 * hidden / 3)
-        self.fc1 = nn.Linear(dim, 2 * width)
-        self.dwconv = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.fc2 = nn.Linear(width, dim)
+        self.fc1: nn.Linear | PackedLinear = nn.Linear(dim, 2 * width)
+        self.dwconv: nn.Conv2d | PackedConv2d = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.fc2: nn.Linear | PackedLinear = nn.Linear(width, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pack(self) -> None:
+        """Pack the weights, in place: for inference alone, without dropout. GELU, product and sum
+        are then parts of the layers before them."""
+        if isinstance(self.fc1, nn.Linear):
+            self.fc1, self.fc2 = PackedLinear(self.fc1), PackedLinear(cast(nn.Linear, self.fc2))
+            self.dwconv = PackedConv2d(cast(nn.Conv2d, self.dwconv), gelu=True)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W), and add ``residual`` of that shape to the result."""
         x = x.permute(0, 2, 3, 1)
         # Two products instead of one cut in two: the convolution reads its half without a copy.
+        if isinstance(self.fc1, PackedLinear):
+            gate = self.dwconv(self.fc1.cut(x, 0).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            rest = None if residual is None else residual.permute(0, 2, 3, 1)
+            return self.fc2(self.fc1.cut(x, 1, gate), rest).permute(0, 3, 1, 2)
         (gate_w, value_w), (gate_b, value_b) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
         gate = self.dwconv(F.linear(x, gate_w, gate_b).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         product = self.dropout(F.gelu(gate) * F.linear(x, value_w, value_b))
-        return self.dropout(self.fc2(product)).permute(0, 3, 1, 2)
+        out = self.dropout(self.fc2(product)).permute(0, 3, 1, 2)
+        return out if residual is None else residual + out
 
 
 class _MapNorm(nn.LayerNorm):
@@ -93,6 +107,8 @@ class TransNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
+        if isinstance(self.mlp.fc1, PackedLinear):
+            return self.mlp(self.norm2(x), x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

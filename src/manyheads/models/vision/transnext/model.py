@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from operator import index
 from typing import Any, ClassVar, Self, cast
 
-import torch
 from torch import Tensor, nn
 
 from manyheads.attention.aggregated import AggregatedAttention, LengthScaledAttention
 from manyheads.config import Config
 from manyheads.layers.keymap import Entry, KeyMap, rename
+from manyheads.layers.packed import channels_last_weights
 from manyheads.models.base import register_variants
 from manyheads.models.vision.base import VisionModel
-from manyheads.models.vision.transnext.blocks import Stage, build_stage, initialise
+from manyheads.models.vision.transnext.blocks import ConvGLU, Stage, build_stage, initialise
 from manyheads.models.vision.transnext.config import TABLE, TransNeXtConfig
 
 __all__ = ["TransNeXt"]
@@ -113,16 +113,15 @@ class TransNeXt(VisionModel):
     default_cfg = pretrained_cfg
 
     def fuse(self) -> Self:
-        """Return a copy for inference that keeps position biases of sizes it has seen."""
+        """Return a copy for inference that keeps position biases of sizes it has seen, and has
+        packed weights with GELU, product and sum inside."""
         fused = copy.deepcopy(self).eval().requires_grad_(False)
-        for module in fused.modules():
+        for module in list(fused.modules()):
             if isinstance(module, AggregatedAttention | LengthScaledAttention):
                 module.freeze()
-            elif isinstance(module, nn.Conv2d) and module.groups == 1:
-                # Else every call brings these weights into the order of the map.
-                module.weight.data = module.weight.data.contiguous(
-                    memory_format=torch.channels_last
-                )
+            elif isinstance(module, ConvGLU):
+                module.pack()
+        channels_last_weights(fused)
         return fused
 
     def key_map(self) -> KeyMap:
