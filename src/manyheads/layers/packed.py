@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from manyheads.layers.few_rows import Linear
 from manyheads.layers.mlp import MLP
+from manyheads.layers.precision import is_plain_inference
 
 __all__ = [
     "PackedConv2d",
@@ -48,17 +49,11 @@ class _Packed(nn.Module):
         self._packed: dict[object, tuple[tuple[int, int], Tensor]] | None = None
 
     def _packs(self, x: Tensor, other: Tensor | None = None) -> bool:
+        given = (x, self.weight) if other is None else (x, self.weight, other)
         return (
-            not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            is_plain_inference(*given)
             and not self.weight.is_inference()
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and x.device.type == self.weight.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and (other is None or other.dtype == torch.float32)
             and x.numel() > 0
-            and type(x) is Tensor
             and can_pack()
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from manyheads.layers.precision import is_plain_inference
 from manyheads.native import library
 
 __all__ = ["pool_norm"]
@@ -36,7 +37,8 @@ def pool_norm(
         window: side of the mean's window, odd; places outside of the map do not count.
         eps, eps_after: of the norms.
     """
-    form = _swept if _bears_kernel(x, gain, weight, bias) else _plain
+    bears = x.numel() > 0 and is_plain_inference(x, gain, weight, bias)
+    form = _swept if bears else _plain
     return form(x, gain, weight, bias, window, eps, eps_after)
 
 
@@ -90,15 +92,3 @@ def _(x, gain, weight, bias, window, eps, eps_after):  # type: ignore[no-untyped
 
 def _places(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
-
-
-def _bears_kernel(x: Tensor, *parameters: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and type(x) is Tensor
-        and x.numel() > 0
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *parameters))
-    )
