@@ -21,8 +21,8 @@ DIGITS = (
     '"mixers": ["pool", "pool", "attention"], "patch": [3, 2, 1], "layer_scale": null, '
     '"norm": "channel", "positions": 2}'
 )
-# Six layers of width 192 on the King James Bible, all with the same text, order and steps. The
-# last four have a third of the attention's parameters.
+# Six layers of width 192 on the King James Bible, those of softmax with the same text, order and
+# steps. kjv-masa and the three after it have a third of kjv-softmax's attention parameters.
 TEXT = (
     "lm --data builtin:kjv --embed-dim 192 --num-heads 6 --length 256 --batch-size 8 "
     "--steps 1000 --threads 1 --mixers"
@@ -38,7 +38,7 @@ RUNS = {
     '\'{"softmax": {"num_kv_heads": 2, "head_dim": 16}}\'',
     "kjv-low-rank": f'{TEXT} softmax*6 {THIRD} --sharing \'{{"kind": "low-rank"}}\'',
     "kjv-repeat": f'{TEXT} softmax*6 {THIRD} --sharing \'{{"kind": "repeat"}}\'',
-    "kjv-mamba": f"{TEXT} mamba*6",
+    "kjv-mamba": f"{TEXT} mamba*6".replace("--steps 1000", "--steps 500"),
     "recall-softmax": "recall --mixers softmax*2 --threads 1",
 }
 
