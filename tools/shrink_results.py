@@ -32,6 +32,8 @@ POLICIES = {
     "streaming": "streaming",
 }
 TRAINED = {
+    "student-int8": "runs/minilm/student --calibrate builtin:kjv --evaluate builtin:verses "
+    "--method int8",
     "kjv-mamba-quamba": f"runs/kjv-mamba {KJV} --method quamba",
     "kjv-mamba-naive": f"runs/kjv-mamba {KJV} --method quamba --set percentile=none "
     "--set hadamard=false",
