@@ -97,6 +97,35 @@ void norm_row(const float *m, float *y, float mean, float rstd, const float *wei
     }
 }
 
+struct Call {
+  const float *x, *gain, *weight, *bias;
+  float *m, *y, *scratch;
+  Moments *rows;
+  float eps_before, eps_after;
+};
+
+// Image b, its rows shared by so many threads; working memory from place `first` on.
+void one_image(const Call &call, const Sizes &n, int64_t b, int64_t threads, int64_t first) {
+  const int64_t H = n.height, row = n.row(), image = H * row;
+  const float *from = call.x + b * image;
+  float *mixed = call.m + b * image, *to = call.y + b * image, mean, rstd;
+  Moments *own = call.rows + b * H;
+  const bool shared = threads > 1 && image > 16384;
+#pragma omp parallel for schedule(static) num_threads(threads) if (shared)
+  for (int64_t r = 0; r < H; ++r) own[r] = moments(from + r * row, row);
+  join(own, H, row, call.eps_before, &mean, &rstd);
+#pragma omp parallel for schedule(static) num_threads(threads) if (shared)
+  for (int64_t r = 0; r < H; ++r) {
+    float *down = call.scratch + (first + (shared ? omp_get_thread_num() : 0)) * row;
+    mix_row(from, mixed, r, rstd, call.gain, down, n);
+    own[r] = moments(mixed + r * row, row);
+  }
+  join(own, H, row, call.eps_after, &mean, &rstd);
+#pragma omp parallel for schedule(static) num_threads(threads) if (shared)
+  for (int64_t r = 0; r < H; ++r)
+    norm_row(mixed + r * row, to + r * row, mean, rstd, call.weight, call.bias, n);
+}
+
 }  // namespace
 
 extern "C" {
@@ -107,30 +136,15 @@ void pool_norm(const float *x, const float *gain, const float *weight, const flo
                float *y, float *scratch, float *rows, const int64_t *sizes, float eps_before,
                float eps_after) {
   const Sizes n(sizes);
-  const int64_t H = n.height, row = n.row(), image = H * row;
-  Moments *kept = reinterpret_cast<Moments *>(rows);
-  // An image a thread if there are enough: it stays in that thread's cache. Else rows are shared.
-  const bool apart = n.batch >= n.threads;
-#pragma omp parallel for schedule(static) num_threads(apart ? n.threads : 1) if (apart)
-  for (int64_t b = 0; b < n.batch; ++b) {
-    const float *from = x + b * image;
-    float *mixed = m + b * image, *to = y + b * image, mean, rstd;
-    Moments *own = kept + b * H;
-    const bool shared = !apart && image > 16384;
-#pragma omp parallel for schedule(static) num_threads(n.threads) if (shared)
-    for (int64_t r = 0; r < H; ++r) own[r] = moments(from + r * row, row);
-    join(own, H, row, eps_before, &mean, &rstd);
-    const int64_t outer = omp_get_thread_num();
-#pragma omp parallel for schedule(static) num_threads(n.threads) if (shared)
-    for (int64_t r = 0; r < H; ++r) {
-      float *down = scratch + (apart ? outer : omp_get_thread_num()) * row;
-      mix_row(from, mixed, r, rstd, gain, down, n);
-      own[r] = moments(mixed + r * row, row);
-    }
-    join(own, H, row, eps_after, &mean, &rstd);
-#pragma omp parallel for schedule(static) num_threads(n.threads) if (shared)
-    for (int64_t r = 0; r < H; ++r)
-      norm_row(mixed + r * row, to + r * row, mean, rstd, weight, bias, n);
+  const Call call{x, gain, weight, bias, m, y, scratch, reinterpret_cast<Moments *>(rows),
+                  eps_before, eps_after};
+  // An image a thread if there are enough: it stays in that thread's cache. Else rows are shared;
+  // two loops, since threads of a region inside of a region are made anew for every call.
+  if (n.batch >= n.threads) {
+#pragma omp parallel for schedule(static) num_threads(n.threads) if (n.threads > 1)
+    for (int64_t b = 0; b < n.batch; ++b) one_image(call, n, b, 1, omp_get_thread_num());
+  } else {
+    for (int64_t b = 0; b < n.batch; ++b) one_image(call, n, b, n.threads, 0);
   }
 }
 }
