@@ -35,10 +35,10 @@ TRAINED = {
     "student-int8": "runs/minilm/student --calibrate builtin:kjv --evaluate builtin:verses "
     "--method int8",
     "kjv-mamba-quamba": f"runs/kjv-mamba {KJV} --method quamba",
-    "kjv-mamba-naive": f"runs/kjv-mamba {KJV} --method quamba --set percentile=none "
+    "kjv-mamba-naive": f"runs/kjv-mamba {KJV} --method quamba --set percentile=null "
     "--set hadamard=false",
     "kjv-mamba-clipped": f"runs/kjv-mamba {KJV} --method quamba --set hadamard=false",
-    "kjv-mamba-rotated": f"runs/kjv-mamba {KJV} --method quamba --set percentile=none",
+    "kjv-mamba-rotated": f"runs/kjv-mamba {KJV} --method quamba --set percentile=null",
     **{f"kjv-{n}": f"{CACHED} --method {m} --set budget_tokens=64" for n, m in POLICIES.items()},
     **{f"recall-{n}": f"{RECALL} --method {m} --set budget_tokens=16"
        for n, m in POLICIES.items()},

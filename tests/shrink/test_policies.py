@@ -16,6 +16,7 @@ from manyheads.compress.a2sf.quality import cache_bytes
 from manyheads.data import get_task
 from manyheads.data.tokenizers import load_tokenizer
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
+from manyheads.shrink.options import ShrinkOptions, read_steps
 from manyheads.shrink.recall import answered, recall_run
 
 for needed in ("rich", "matplotlib", "lightning_fabric", "transformers"):
@@ -145,3 +146,9 @@ def test_the_cache_of_a_transcript_is_counted() -> None:
     said.update(torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 4), 0)
     heard.update(torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 4), 0)
     assert cache_bytes(EncoderDecoderCache(said, heard)) == 2 * 4 * 2 * 3 * 4 * (5 + 7)
+
+
+def test_a_setting_of_a_wrong_type_is_named() -> None:
+    options = ShrinkOptions(model="m", method="quamba", set=("percentile=none",))
+    with pytest.raises(ValueError, match='percentile="none"; values are JSON'):
+        read_steps(options)

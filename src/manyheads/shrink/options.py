@@ -131,7 +131,14 @@ def _step(words: list[str], given: dict[str, Any], *, check: bool) -> Step:
         if name not in known:
             raise unknown_name(f"option of {words[0]}", name, known)
     if check:
-        procedure(**settings)
+        try:
+            procedure(**settings)
+        except TypeError as error:
+            shown = ", ".join(f"{n}={json.dumps(v)}" for n, v in settings.items())
+            raise ValueError(
+                f"an option of {words[0]} is of a wrong type ({error}): {shown}; values are "
+                "JSON: numbers, true, false, null"
+            ) from error
     return Step(words[0], settings)
 
 
