@@ -16,6 +16,7 @@ from manyheads.compress.a2sf.quality import cache_bytes
 from manyheads.data import get_task
 from manyheads.data.tokenizers import load_tokenizer
 from manyheads.models.language.mixer_lm import MixerLM, MixerLMConfig
+from manyheads.shrink.data import Feed, _sentences
 from manyheads.shrink.options import ShrinkOptions, read_steps
 from manyheads.shrink.recall import answered, recall_run
 
@@ -152,3 +153,21 @@ def test_a_setting_of_a_wrong_type_is_named() -> None:
     options = ShrinkOptions(model="m", method="quamba", set=("percentile=none",))
     with pytest.raises(ValueError, match='percentile="none"; values are JSON'):
         read_steps(options)
+
+
+def test_what_judges_is_not_what_calibrates(tmp_path) -> None:
+    text = "".join(f"line {i:04d} of a text with words\n" for i in range(900))
+    (tmp_path / "text.txt").write_text(text)
+    source = str(tmp_path / "text.txt")
+    feed = Feed(kind="causal", vocab=256, length=31, batch=3)
+    first, last = (
+        torch.cat([b["tokens"] for b in feed.batches(source, samples=5, to_judge=judge)])
+        for judge in (False, True)
+    )
+    assert bytes(first.flatten().tolist()).decode() == text[: 5 * 31]
+    assert bytes(last.flatten().tolist()).decode() == text[-5 * 31 :]
+    lines = text.splitlines()
+    apart = [set(_sentences(text, 7, between=judge)) for judge in (False, True)]
+    assert len(apart[0]) == len(apart[1]) == 7
+    assert apart[0] | apart[1] <= set(lines)
+    assert not apart[0] & apart[1]

@@ -1,4 +1,4 @@
-// Mamba's selective scan: forward, backward, one token.
+// Mamba's selective scan: forward, backward, one token of it or of a whole block.
 //
 // B batch, H groups, N tokens, D states, V channels a group, T tokens a chunk. 16 channels stand
 // in the lanes of a vector, so that a token's B and C are the same number for all of them and a

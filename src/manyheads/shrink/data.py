@@ -69,8 +69,17 @@ class Feed:
     batch: int = 8
     recall: RecallRun | None = None
 
-    def batches(self, source: str, *, samples: int) -> list[dict[str, Tensor]]:
+    def batches(
+        self, source: str, *, samples: int, to_judge: bool = False
+    ) -> list[dict[str, Tensor]]:
         """Return batches of the first ``samples`` pieces of a data source.
+
+        Args:
+            source: of text, images or sound.
+            samples: pieces.
+            to_judge: pieces of a text that calibration does not read while the text is long
+                enough: the last ones of a running text, whose end ``manyheads train lm`` holds
+                out, or the lines between calibration's for an encoder.
 
         Raises:
             ValueError: no such data, too short for one piece, or of another tokenizer.
@@ -87,8 +96,8 @@ class Feed:
 
         text = load_text(source).data.decode("utf-8", errors="replace")
         if self.kind == "encoder":
-            return self.sentences(_sentences(text, samples))
-        return self.chunks(text, samples, source)
+            return self.sentences(_sentences(text, samples, between=to_judge))
+        return self.chunks(text, samples, source, from_end=to_judge)
 
     def check(self, source: str) -> None:
         """Raise ``ValueError`` where one of the model and the data is of recall, the other not."""
@@ -100,16 +109,20 @@ class Feed:
         if self.recall is None and source == SOURCE:
             raise ValueError(f"{SOURCE} is for folders that 'manyheads train recall' wrote")
 
-    def chunks(self, text: str, samples: int, source: str = "the text") -> list[dict[str, Tensor]]:
-        """Return pieces of ``length`` tokens of a running text, batched."""
-        ids = self.ids(text[: 16 * samples * self.length])
+    def chunks(
+        self, text: str, samples: int, source: str = "the text", *, from_end: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """Return pieces of ``length`` tokens of a running text's start or end, batched."""
+        most = 16 * samples * self.length
+        ids = self.ids(text[-most:] if from_end else text[:most])
         count = min(samples, len(ids) // self.length)
         if count < 1:
             raise ValueError(
                 f"{source!r} has {len(ids)} tokens, fewer than one piece of {self.length}: give a "
                 "longer text, or a smaller --length"
             )
-        rows = ids[: count * self.length].reshape(count, self.length)
+        used = slice(-count * self.length, None) if from_end else slice(count * self.length)
+        rows = ids[used].reshape(count, self.length)
         ours = self.tokenizer is None or isinstance(self.tokenizer, Tokenizer)
         name = "tokens" if ours else "input_ids"
         return [{name: part} for part in rows.split(self.batch)]
@@ -284,9 +297,9 @@ def _image_size(model: Any) -> tuple[int, int, int]:
     return (channels, int(size[0]), int(size[1]))
 
 
-def _sentences(text: str, samples: int) -> list[str]:
+def _sentences(text: str, samples: int, *, between: bool) -> list[str]:
     lines = [line.strip() for line in text.splitlines() if len(line.split()) >= 4]
     if not lines:
         raise ValueError("the text has no line of four words or more: an encoder reads lines")
     step = max(1, len(lines) // samples)
-    return lines[::step][:samples]
+    return lines[step // 2 if between else 0 :: step][:samples]

@@ -238,7 +238,7 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _pieces(
     feed: Feed, source: str, samples: int, fallback: Sequence[dict[str, Tensor]]
 ) -> Sequence[dict[str, Tensor]]:
-    return feed.batches(source, samples=samples) if source else fallback
+    return feed.batches(source, samples=samples, to_judge=True) if source else fallback
 
 
 def _classes(model: Any) -> int:

@@ -64,25 +64,6 @@ def _(x, scale):  # type: ignore[no-untyped-def]
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
-@torch.library.custom_op("manyheads::int8_linear", mutates_args=())
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_scale: Tensor | None,
-    offset: Tensor | None,
-    codes: bool,
-) -> Tensor:
-    return _multiply(x, weight, scale, bias, row_scale, offset, codes)
-
-
-@linear.register_fake
-def _(x, weight, scale, bias, row_scale, offset, codes):  # type: ignore[no-untyped-def]
-    dtype = torch.int8 if codes else torch.float32
-    return torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
-
-
 def _float_linear(
     x: Tensor,
     weight: Tensor,
@@ -168,6 +149,15 @@ def _multiply(
         lib("int8_linear", strided(x), weight.contiguous(), *fixed, *ends,
             (rows, inputs, len(weight), x.stride(0), each, threads))  # fmt: skip
     return out
+
+
+linear = torch.library.custom_op("manyheads::int8_linear", _multiply, mutates_args=())
+
+
+@linear.register_fake
+def _(x, weight, scale, bias, row_scale, offset, codes):  # type: ignore[no-untyped-def]
+    dtype = torch.int8 if codes else torch.float32
+    return torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
 
 
 def _plain(
